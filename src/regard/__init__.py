@@ -1,0 +1,58 @@
+"""regard: attention in vision. Every token looks at the few others that matter.
+
+The names below are imported at first use, so that `import regard` costs little more than `import torch`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_EXPORTS = {
+    "knn_attention": "regard.ops",
+    "explain": "regard.ops",
+    "Explanation": "regard.ops",
+    "SlowPathWarning": "regard.ops",
+    "Card": "regard.cards",
+    "Mechanism": "regard.specs",
+    "parse_mechanism": "regard.mixers",
+    "mechanisms": "regard.mixers",
+    "Dense": "regard.mixers",
+    "KNN": "regard.mixers",
+    "DenseAttention": "regard.mixers",
+    "KNNAttention": "regard.mixers",
+    "create_model": "regard.backbones",
+    "compare": "regard.studies",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from regard.backbones import create_model as create_model
+    from regard.cards import Card as Card
+    from regard.mixers import KNN as KNN
+    from regard.mixers import Dense as Dense
+    from regard.mixers import DenseAttention as DenseAttention
+    from regard.mixers import KNNAttention as KNNAttention
+    from regard.mixers import mechanisms as mechanisms
+    from regard.mixers import parse_mechanism as parse_mechanism
+    from regard.ops import Explanation as Explanation
+    from regard.ops import SlowPathWarning as SlowPathWarning
+    from regard.ops import explain as explain
+    from regard.ops import knn_attention as knn_attention
+    from regard.specs import Mechanism as Mechanism
+    from regard.studies import compare as compare
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'regard' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,61 @@
+"""Cards: what is known of each published mechanism, in one form from which docs, `regard list` and tests are generated."""
+
+from dataclasses import dataclass, field
+
+__all__ = ["Card", "Evidence"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What this repository holds to show that a mechanism is what its paper says.
+
+    Args:
+        identities: identities that the tests prove, one short sentence each.
+        parity: which official implementation the outputs agree with, and how closely; empty if there is none.
+        parameters: published parameter counts that ours equal to the last digit, by model name.
+        trained: where a trained result of ours stands.
+    """
+
+    identities: tuple[str, ...] = ()
+    parity: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)
+    trained: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One mechanism's card.
+
+    Args:
+        name: the name in text form (`knn`).
+        title: what the paper calls it.
+        paper: the paper's title.
+        authors: first author and others.
+        venue: where it was published, with the year.
+        arxiv: arXiv identifier (`2106.00515`), empty if there is none.
+        exact: True if it computes its own definition exactly, False if it approximates it.
+        cost: growth of the cost in the number of tokens N, as text.
+        needs_grid: True if it must know the tokens' grid.
+        adds_parameters: True if its state_dict differs from dense attention's.
+        summary: one sentence: which keys, how strongly, what do they hand over.
+        official: the official implementation (owner/name), empty if there is none.
+        licence: licence of the official implementation.
+        quirks: where the official code departs from its paper or fails, one sentence each.
+        evidence: what is shown here.
+    """
+
+    name: str
+    title: str
+    paper: str
+    authors: str
+    venue: str
+    arxiv: str
+    exact: bool
+    cost: str
+    needs_grid: bool
+    adds_parameters: bool
+    summary: str
+    official: str = ""
+    licence: str = ""
+    quirks: tuple[str, ...] = ()
+    evidence: Evidence = Evidence()

@@ -1,0 +1,26 @@
+"""Token mixers, one file per published mechanism: its card, its value and its module."""
+
+from regard.mixers._attention import AttentionMixer
+from regard.mixers.dense import Dense, DenseAttention
+from regard.mixers.knn import KNN, KNNAttention
+from regard.specs import Mechanism, parse, registered
+
+__all__ = [
+    "KNN",
+    "AttentionMixer",
+    "Dense",
+    "DenseAttention",
+    "KNNAttention",
+    "mechanisms",
+    "parse_mechanism",
+]
+
+
+def parse_mechanism(text: str | Mechanism) -> Mechanism:
+    """Read a mechanism's text form, `knn(topk=0.5)`; a Mechanism is returned as it is. See regard.specs.parse."""
+    return parse(text)
+
+
+def mechanisms() -> dict[str, type[Mechanism]]:
+    """All mechanisms by name."""
+    return registered()

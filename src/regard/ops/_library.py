@@ -1,0 +1,35 @@
+"""Loads the compiled kernels, if the install built them."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["instruction_set", "load", "problem"]
+
+
+@cache
+def problem() -> str:
+    """Why the C++ kernels are not here; empty if they are loaded."""
+    found = sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
+    if not found:
+        return "the C++ kernels were not built (no C++ compiler at install time?); install a compiler and reinstall regard"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return f"the C++ kernels do not load: {error}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("regard::knn_attention", "CPU"):
+        return f"{found[0].name} holds no kernels; reinstall regard"
+    return ""
+
+
+def load() -> bool:
+    """Load the kernels once; True if they are there."""
+    return not problem()
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels use on this machine, or why there are none."""
+    if problem():
+        return "none"
+    return ("plain", "avx2", "avx512")[torch.ops.regard.instruction_set()]

@@ -1,0 +1,28 @@
+"""A checked call of k-NN attention: what every backend is given."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["KNNCall"]
+
+
+@dataclass(frozen=True)
+class KNNCall:
+    """Arguments in one canonical form.
+
+    Args:
+        query: (B, H, N, D). key: (B, H_kv, M, D), H a multiple of H_kv. value: (B, H_kv, M, D_v). Any strides.
+        attn_mask: (1 or B, 1 or H, 1 or N, 1 or M), boolean (True = attend) or float32/float64 (added), or None.
+        topk: how many keys a row keeps, 0 <= topk <= M (0 only when M is 0).
+        scale: factor of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    topk: int
+    dropout_p: float
+    is_causal: bool
+    scale: float

@@ -1,0 +1,42 @@
+"""The C++ backend: exact selection on the processor, forward and backward, without an N x M buffer."""
+
+import torch
+from torch import Tensor
+
+from regard.ops import _library
+from regard.ops._dispatch import Refusal, functorch_active
+from regard.ops.knn.call import KNNCall
+from regard.ops.knn.op import knn_attention_op
+
+__all__ = ["CPUBackend"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALLEST_DIM, _LARGEST_DIM = 8, 256
+
+
+class CPUBackend:
+    name = "cpu"
+    is_slow_path = False
+
+    def supports(self, call: KNNCall) -> Refusal | None:
+        if problem := _library.problem():
+            return Refusal(problem)
+        if call.query.device.type != "cpu":
+            return Refusal(f"the tensors are on {call.query.device.type}; this kernel runs on the processor")
+        if call.query.dtype not in _DTYPES:
+            return Refusal(f"{call.query.dtype} is not among float32, bfloat16, float16")
+        for name, dim in (("head_dim", call.query.shape[-1]), ("value's head_dim", call.value.shape[-1])):
+            if not _SMALLEST_DIM <= dim <= _LARGEST_DIM:
+                return Refusal(f"{name} {dim} is outside {_SMALLEST_DIM} to {_LARGEST_DIM}")
+        if call.dropout_p > 0.0:
+            return Refusal("dropout of attention weights is computed on the PyTorch path only (dropout_p > 0)")
+        if call.key.shape[2] == 0:
+            return Refusal("there are no keys")
+        if functorch_active():
+            return Refusal("torch.func transforms (vmap, grad, jvp) see through PyTorch operations only")
+        return None
+
+    def run(self, call: KNNCall) -> Tensor:
+        return knn_attention_op(
+            call.query, call.key, call.value, call.attn_mask, call.topk, call.is_causal, call.scale
+        )[0]

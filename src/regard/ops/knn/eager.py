@@ -1,0 +1,75 @@
+"""The PyTorch path: takes every valid call, on any device, under every transform; holds the N x M logits in memory."""
+
+import torch
+from torch import Tensor
+
+from regard.ops._dispatch import Refusal
+from regard.ops.knn.call import KNNCall
+from regard.ops.knn.reference import knn_attention_reference, logits, weights
+
+__all__ = ["PyTorchBackend", "attend_with_state", "gradients", "kept_by_threshold", "selection_state"]
+
+
+def kept_by_threshold(scores: Tensor, topk: int) -> Tensor:
+    """The reference's selection without a full sort: all above the k-th logit, then the first of its ties."""
+    kept = scores != float("-inf")
+    if topk >= scores.shape[-1]:
+        return kept
+    kth = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, tied = scores > kth, scores == kth
+    room = topk - above.sum(dim=-1, keepdim=True)
+    # A NaN is no number's equal: kept explicitly, so that it reaches the output as in SDPA.
+    return kept & (above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan())
+
+
+def selection_state(scores: Tensor, kept: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, kth_logit, last_tie) of each row, each (B, H, N): all that the backward needs to select again.
+
+    kth_logit is -inf and last_tie -1 where a row keeps all its allowed keys.
+    """
+    hidden = float("-inf")
+    columns = scores.shape[-1]
+    lse = scores.masked_fill(~kept, hidden).logsumexp(dim=-1)
+    if columns == 0:
+        return lse, torch.full_like(lse, hidden), torch.full_like(lse, -1, dtype=torch.int32)
+    kth = scores.masked_fill(~kept, float("inf")).amin(dim=-1)
+    index = torch.arange(columns, device=scores.device, dtype=torch.int32)
+    tie = torch.where(kept & (scores == kth.unsqueeze(-1)), index, -1).amax(dim=-1)
+    full = (scores != hidden).sum(dim=-1) <= topk
+    return lse, kth.masked_fill(full, hidden), tie.masked_fill(full, -1)
+
+
+def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output and the selection's state, as the compiled operator returns them."""
+    scores = logits(call)
+    kept = kept_by_threshold(scores, call.topk)
+    return knn_attention_reference(call, kept_by_threshold), *selection_state(scores, kept, call.topk)
+
+
+def gradients(
+    call: KNNCall, grad_output: Tensor, mask_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and float mask, written out: below autograd nothing records them for us."""
+    groups = call.query.shape[1] // call.key.shape[1]
+    soft = weights(call, kept_by_threshold)
+    query, grad_output = call.query.to(soft.dtype), grad_output.to(soft.dtype)
+    key, value = (t.to(soft.dtype).repeat_interleave(groups, dim=1) for t in (call.key, call.value))
+    grad_soft = torch.einsum("bhnd,bhmd->bhnm", grad_output, value)
+    grad_logits = soft * (grad_soft - (soft * grad_soft).sum(dim=-1, keepdim=True))
+    grad_query = torch.einsum("bhnm,bhmd->bhnd", grad_logits, key) * call.scale
+    grad_key = torch.einsum("bhnm,bhnd->bhmd", grad_logits, query) * call.scale
+    grad_value = torch.einsum("bhnm,bhnd->bhmd", soft, grad_output)
+    grad_key, grad_value = (t.unflatten(1, (-1, groups)).sum(dim=2) for t in (grad_key, grad_value))
+    grad_mask = grad_logits.sum_to_size(call.attn_mask.shape) if mask_gradient and call.attn_mask is not None else None
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+class PyTorchBackend:
+    name = "pytorch"
+    is_slow_path = True
+
+    def supports(self, call: KNNCall) -> Refusal | None:
+        return None
+
+    def run(self, call: KNNCall) -> Tensor:
+        return knn_attention_reference(call, kept_by_threshold)
