@@ -1,5 +1,6 @@
 """The base of every attention mixer: projections, norms, gate and dropout as in timm's Attention; the mechanism is the rest."""
 
+import copyreg
 import math
 from typing import Any, Self
 
@@ -33,6 +34,25 @@ def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: tuple[int, ...]
             f"of which {num_prefix_tokens} are prefix tokens"
         )
     return tuple(grid_size)
+
+
+class _Bound(type):
+    """Metaclass of the classes that `AttentionMixer.bind` makes; it lets them pickle, since timm keeps them in its models."""
+
+    mixer: "type[AttentionMixer]"
+    options: dict[str, Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.mixer(*args, **{**cls.options, **kwargs})
+
+
+def _bound(mixer: "type[AttentionMixer]", options: dict[str, Any]) -> _Bound:
+    text = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    members = {"mixer": mixer, "options": options, "__doc__": mixer.__doc__, "__module__": mixer.__module__}
+    return _Bound(f"{mixer.__name__}({text})", (mixer,), members)
+
+
+copyreg.pickle(_Bound, lambda bound: (_bound, (bound.mixer, bound.options)))  # type: ignore[arg-type, return-value]
 
 
 class AttentionMixer(nn.Module):
@@ -109,11 +129,7 @@ class AttentionMixer(nn.Module):
         itself, so they pickle.
         """
 
-        def create(_: type, *args: Any, **kwargs: Any) -> AttentionMixer:
-            return cls(*args, **{**options, **kwargs})
-
-        text = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return type(f"{cls.__name__}({text})", (cls,), {"__new__": create, "__doc__": cls.__doc__})
+        return _bound(cls, options)  # type: ignore[return-value]
 
     def attend(
         self,
