@@ -1,4 +1,4 @@
-"""Cards: what is known of each published mechanism, in one form from which docs, `regard list` and tests are generated."""
+"""Cards: what is known of each published mechanism; docs, `regard list` and the test matrix are made from them."""
 
 from dataclasses import dataclass, field
 
@@ -38,6 +38,10 @@ class Card:
         needs_grid: True if it must know the tokens' grid.
         adds_parameters: True if its state_dict differs from dense attention's.
         summary: one sentence: which keys, how strongly, what do they hand over.
+        equation: the mechanism in LaTeX, one output row.
+        variants: the published variants, and which of them this is, one paragraph each.
+        claims: what the paper claims, with its figures, one paragraph each.
+        claims_source: where the claims stand.
         official: the official implementation (owner/name), empty if there is none.
         licence: licence of the official implementation.
         quirks: where the official code departs from its paper or fails, one sentence each.
@@ -55,6 +59,10 @@ class Card:
     needs_grid: bool
     adds_parameters: bool
     summary: str
+    equation: str = ""
+    variants: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
+    claims_source: str = "the paper"
     official: str = ""
     licence: str = ""
     quirks: tuple[str, ...] = ()

@@ -1,19 +1,30 @@
-"""The base of every attention mixer: projections, norms, gate and dropout as in timm's Attention; the mechanism is the rest."""
+"""The base of every attention mixer: projections, norms, gate and dropout as in timm; the mechanism is the rest."""
 
 import copyreg
+import inspect
 import math
-from typing import Any, Self
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from regard.specs import nearest
+
 __all__ = ["AttentionMixer", "resolve_grid"]
 
 
-def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: tuple[int, ...] | None) -> tuple[int, ...]:
+def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: Sequence[int] | None) -> tuple[int, ...]:
     """The tokens' grid: as given, or a square inferred from the number of tokens.
 
+    Args:
+        tokens: N, prefix tokens included.
+        num_prefix_tokens: how many of them stand outside the grid.
+        grid_size: the grid of the others, of rank 1, 2 or 3; None infers a square.
+
     Raises:
+        TypeError: grid_size is no sequence of integers.
         ValueError: prefix tokens and grid do not add up to `tokens`, or no square can be inferred.
     """
     cells = tokens - num_prefix_tokens
@@ -23,27 +34,40 @@ def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: tuple[int, ...]
         side = math.isqrt(cells)
         if side * side != cells:
             raise ValueError(
-                f"grid_size: {tokens} tokens less {num_prefix_tokens} prefix tokens make no square grid; pass grid_size=(height, width)"
+                f"grid_size: {tokens} tokens less {num_prefix_tokens} prefix tokens make no square grid; "
+                "pass grid_size=(height, width), or set num_prefix_tokens"
             )
         return (side, side)
-    if not 1 <= len(grid_size) <= 3:
-        raise ValueError(f"grid_size: expected rank 1, 2 or 3, got {tuple(grid_size)}")
-    if math.prod(grid_size) != cells:
+    if not isinstance(grid_size, Sequence) or not all(
+        isinstance(n, numbers.Integral | torch.SymInt) for n in grid_size
+    ):
+        raise TypeError(f"grid_size: expected integers such as (height, width), got {grid_size!r}")
+    grid = tuple(grid_size)
+    if not 1 <= len(grid) <= 3:
+        raise ValueError(f"grid_size: expected rank 1, 2 or 3, got {grid}")
+    if any(n < 0 for n in grid) or math.prod(grid) != cells:
         raise ValueError(
-            f"grid_size: {tuple(grid_size)} has {math.prod(grid_size)} cells, x has {tokens} tokens "
+            f"grid_size: {grid} is no grid of {cells} cells; x has {tokens} tokens, "
             f"of which {num_prefix_tokens} are prefix tokens"
         )
-    return tuple(grid_size)
+    return grid
 
 
 class _Bound(type):
-    """Metaclass of the classes that `AttentionMixer.bind` makes; it lets them pickle, since timm keeps them in its models."""
+    """Metaclass of the classes that `AttentionMixer.bind` makes: to call one makes an instance of the mixer itself.
+
+    Pickle refers to a class by its name, and these have none; so they pickle as the call that made them (timm keeps its
+    `attn_layer` in some models).
+    """
 
     mixer: "type[AttentionMixer]"
     options: dict[str, Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.mixer(*args, **{**cls.options, **kwargs})
+        options = {**cls.options, **kwargs}
+        if "mixer" in cls.__dict__:
+            return cls.mixer(*args, **options)
+        return super().__call__(*args, **options)  # somebody's subclass of a bound class makes its own instances
 
 
 def _bound(mixer: "type[AttentionMixer]", options: dict[str, Any]) -> _Bound:
@@ -52,14 +76,30 @@ def _bound(mixer: "type[AttentionMixer]", options: dict[str, Any]) -> _Bound:
     return _Bound(f"{mixer.__name__}({text})", (mixer,), members)
 
 
-copyreg.pickle(_Bound, lambda bound: (_bound, (bound.mixer, bound.options)))  # type: ignore[arg-type, return-value]
+def _reduce_bound(cls: _Bound) -> Any:
+    return (_bound, (cls.mixer, cls.options)) if "mixer" in cls.__dict__ else cls.__qualname__
+
+
+copyreg.pickle(_Bound, _reduce_bound)  # type: ignore[arg-type]
+
+
+def _option_names(mixer: "type[AttentionMixer]") -> set[str]:
+    """The keywords that a mixer's constructor takes, wherever along its bases they are declared."""
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        parameter.name
+        for base in mixer.__mro__
+        if issubclass(base, AttentionMixer)
+        for parameter in inspect.signature(base.__init__).parameters.values()
+        if parameter.kind in keyword and parameter.name != "self"
+    }
 
 
 class AttentionMixer(nn.Module):
     """Multi-head self-attention whose mechanism a subclass supplies in `attend`.
 
-    Parameters are named as in timm's `Attention` (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`), so weights of dense
-    attention load unchanged wherever the mechanism adds none.
+    Parameters are named as in timm's `Attention` (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`), so weights of
+    dense attention load unchanged wherever the mechanism adds none. The arguments are timm's too, in timm's order.
 
     Args:
         dim: channels C of the tokens.
@@ -71,15 +111,17 @@ class AttentionMixer(nn.Module):
         scale_norm: normalise the joined heads with norm_layer before the projection.
         gated: multiply the joined heads by sigmoid(gate(x)).
         attn_drop, proj_drop: dropout of the attention weights and of the output.
-        norm_layer: class of the norms.
+        norm_layer: makes a norm of a number of channels.
+        device, dtype: of the parameters.
         num_prefix_tokens: how many of the first tokens (class, registers) stand outside the grid.
 
     Raises:
-        ValueError: dim is no multiple of num_heads, or a norm is asked for without norm_layer.
+        ValueError: dim, num_heads, attn_head_dim, dim_out or num_prefix_tokens is out of range, dim is no multiple of
+            num_heads, or a norm is asked for without norm_layer.
     """
 
-    # Whether `attend` reads the grid. Mixers that do not accept any number of tokens.
-    needs_grid = False
+    # True if `attend` reads the grid; it is then always given one.
+    needs_grid: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,19 +136,26 @@ class AttentionMixer(nn.Module):
         gated: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "num_heads": num_heads, "attn_head_dim": attn_head_dim, "dim_out": dim_out}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens: expected 0 or more, got {num_prefix_tokens}")
         if attn_head_dim is None and dim % num_heads != 0:
             raise ValueError(f"num_heads: dim {dim} is no multiple of {num_heads} heads; pass attn_head_dim")
         if (qk_norm or scale_norm) and norm_layer is None:
-            raise ValueError("norm_layer: needed by qk_norm and scale_norm")
-        factory = {"device": device, "dtype": dtype}
+            raise ValueError("norm_layer: qk_norm and scale_norm need one, such as torch.nn.LayerNorm; got None")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         head_dim = attn_head_dim or dim // num_heads
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.attn_dim = num_heads * head_dim
@@ -125,10 +174,19 @@ class AttentionMixer(nn.Module):
     def bind(cls, **options: Any) -> type[Self]:
         """A class like this one with options bound: what timm takes as `attn_layer`.
 
-        timm asks `issubclass(attn_layer, ...)`, which a functools.partial cannot answer. Instances are of the class
-        itself, so they pickle.
-        """
+        timm asks `issubclass(attn_layer, ...)`, which a functools.partial cannot answer; otherwise it behaves like one:
+        arguments given later win, so options that timm passes by itself (qkv_bias, qk_norm, norm_layer, attn_drop ...)
+        are set through timm. Calling the class makes an instance of the mixer itself.
 
+        Raises:
+            TypeError: an option that the constructor does not take.
+        """
+        known = _option_names(cls)
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__}: no option {name!r}; its options: {', '.join(nearest(name, known))}")
+        if isinstance(cls, _Bound) and "mixer" in cls.__dict__:
+            return _bound(cls.mixer, {**cls.options, **options})  # type: ignore[return-value]
         return _bound(cls, options)  # type: ignore[return-value]
 
     def attend(
@@ -140,11 +198,16 @@ class AttentionMixer(nn.Module):
         is_causal: bool,
         grid_size: tuple[int, ...] | None,
     ) -> Tensor:
-        """(B, H, N, D) each -> (B, H, N, D): the mechanism. `grid_size` is None unless `needs_grid` or the caller gave it."""
+        """(B, H, N, D) each -> (B, H, N, D): the mechanism.
+
+        Must be linear in `value` (regard.inspection reads the weights off an identity). `grid_size` is None unless
+        `needs_grid` or the caller gave it; dropout of the weights is `self.dropout_p`.
+        """
         raise NotImplementedError
 
     @property
     def dropout_p(self) -> float:
+        """Dropout of the attention weights that is in force now."""
         return self.attn_drop.p if self.training else 0.0
 
     def forward(
@@ -159,18 +222,19 @@ class AttentionMixer(nn.Module):
 
         Args:
             x: (B, N, C), N = num_prefix_tokens + prod(grid_size).
-            attn_mask: boolean (True = attend) or floating, broadcastable to (B, H, N, N).
-            is_causal: token i sees tokens 0 ... i only.
+            attn_mask: boolean (True = attend) or floating (added to the logits), broadcastable to (B, H, N, N).
+            is_causal: token i sees tokens 0 ... i only. Combines with attn_mask.
             grid_size: the grid of the tokens, of rank 1, 2 or 3; a square is inferred if it is needed and None.
 
         Returns:
             (B, N, dim_out).
 
         Raises:
-            ValueError: x is not of rank 3, or the grid does not fit.
+            ValueError: x is not (B, N, C), or the grid does not fit.
+            TypeError: grid_size is no sequence of integers.
         """
-        if x.dim() != 3:
-            raise ValueError(f"x: expected (batch, tokens, channels), got shape {tuple(x.shape)}")
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (batch, tokens, {self.dim}), got shape {tuple(x.shape)}")
         batch, tokens, _ = x.shape
         if self.needs_grid or grid_size is not None:
             grid_size = resolve_grid(tokens, self.num_prefix_tokens, grid_size)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,12 +25,34 @@ CARD = Card(
     needs_grid=False,
     adds_parameters=False,
     summary="Every query sees every key, weighted by the softmax of their scaled products.",
-    evidence=Evidence(parity="timm Attention: same weights, same outputs"),
+    equation=r"o_i = \sum_j \operatorname{softmax}_j\!\left(\frac{q_i \cdot k_j}{\sqrt{d}}\right) v_j",
+    evidence=Evidence(
+        identities=("each row of weights is non-negative and sums to one", "permuting tokens permutes the outputs"),
+        parity="timm's Attention: the same weights give the same outputs, with gate and norms too",
+    ),
 )
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """SDPA takes a mask or is_causal, not both; every mechanism here combines them."""
+    if is_causal and attn_mask is not None:
+        earlier = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        boolean = attn_mask.dtype == torch.bool
+        attn_mask = attn_mask & earlier if boolean else attn_mask.masked_fill(~earlier, float("-inf"))
+        is_causal = False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+
 class DenseAttention(AttentionMixer):
-    """Dense attention through torch's scaled_dot_product_attention (arXiv 1706.03762). Arguments as in AttentionMixer."""
+    """Dense attention through torch's SDPA (arXiv 1706.03762). Arguments as in AttentionMixer."""
 
     def attend(
         self,
@@ -40,9 +63,7 @@ class DenseAttention(AttentionMixer):
         is_causal: bool,
         grid_size: tuple[int, ...] | None,
     ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, dropout_p=self.dropout_p, is_causal=is_causal
-        )
+        return _attend(query, key, value, attn_mask=attn_mask, dropout_p=self.dropout_p, is_causal=is_causal)
 
 
 @register
@@ -55,7 +76,7 @@ class Dense(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         options.pop("grid_size", None)
         options.pop("num_prefix_tokens", None)
-        return F.scaled_dot_product_attention(query, key, value, **options)
+        return _attend(query, key, value, **options)
 
     def attn_layer(self) -> type[nn.Module]:
         return DenseAttention

@@ -1,0 +1,25 @@
+"""The test matrix: every registered mechanism with its default options, and some with others."""
+
+import pytest
+import torch
+
+from regard.mixers import mechanisms, parse_mechanism
+from regard.specs import Mechanism
+
+# Further options worth the generic tests; each mechanism's defaults are in the matrix anyway.
+_MORE = ("knn(topk=3)", "knn(topk=1.0)")
+
+
+def _matrix() -> list[str]:
+    return [str(mechanism()) for mechanism in mechanisms().values()] + list(_MORE)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "mechanism" in metafunc.fixturenames:
+        metafunc.parametrize("mechanism", _matrix(), indirect=True)
+
+
+@pytest.fixture
+def mechanism(request: pytest.FixtureRequest) -> Mechanism:
+    torch.manual_seed(0)
+    return parse_mechanism(request.param)

@@ -1,0 +1,68 @@
+"""KNNAttention beside dense attention: what `topk` means in the module."""
+
+import pytest
+import torch
+
+from regard.mixers import DenseAttention, KNNAttention
+
+DIM, HEADS, TOKENS = 48, 3, 20
+
+
+def pair(topk):
+    torch.manual_seed(0)
+    dense, knn = DenseAttention(DIM, HEADS).double().eval(), KNNAttention(DIM, HEADS, topk=topk).double().eval()
+    knn.load_state_dict(dense.state_dict())
+    return dense, knn, torch.randn(2, TOKENS, DIM).double()
+
+
+@pytest.mark.parametrize("topk", [TOKENS, TOKENS + 1, 10**6, 1.0])
+def test_all_keys_is_dense(topk):
+    dense, knn, x = pair(topk)
+    torch.testing.assert_close(knn(x), dense(x))
+
+
+@pytest.mark.parametrize("topk", [1, TOKENS - 1, 0.5])
+def test_fewer_keys_is_not_dense(topk):
+    dense, knn, x = pair(topk)
+    assert not torch.allclose(knn(x), dense(x))
+
+
+def test_one_key_hands_over_its_value():
+    dense, knn, x = pair(1)
+    query, key, value = knn.qkv(x).reshape(2, TOKENS, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    nearest = (query @ key.mT).argmax(dim=-1)
+    expected = value.gather(2, nearest[..., None].expand_as(value)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(knn(x), knn.proj(expected))
+
+
+def test_one_and_one_point_zero_differ():
+    """`1` is one key, `1.0` is all of them."""
+    _, one, x = pair(1)
+    _, all_keys, _ = pair(1.0)
+    assert not torch.allclose(one(x), all_keys(x))
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.5, 10), (0.51, 11), (0.05, 1), (0.01, 1)])
+def test_fraction_rounds_up(fraction, count):
+    _, by_fraction, x = pair(fraction)
+    _, by_count, _ = pair(count)
+    torch.testing.assert_close(by_fraction(x), by_count(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("topk", "error"),
+    [(0, ValueError), (-3, ValueError), (0.0, ValueError), (1.01, ValueError), (float("nan"), ValueError)]
+    + [("half", TypeError), (None, TypeError), (True, TypeError)],
+)
+def test_bad_topk(topk, error):
+    with pytest.raises(error, match="topk"):
+        KNNAttention(DIM, HEADS, topk=topk)
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match="top_k"):
+        KNNAttention(DIM, HEADS, top_k=3)
+
+
+def test_repr_tells_topk():
+    assert "topk=0.25" in repr(KNNAttention(DIM, topk=0.25))
