@@ -1,0 +1,36 @@
+// The k-NN attention kernels for avx512.
+#include <cstdint>
+#include <new>
+#include <type_traits>
+
+#include "knn.h"
+#include "target.h"
+
+#if REGARD_X86
+#include <immintrin.h>
+
+REGARD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace regard {
+namespace {
+#include "vec_avx512.h"
+#include "knn_rows.h"
+#include "knn_kernels.h"
+#include "knn_backward.h"
+}  // namespace
+
+const KnnKernels& knn_avx512() {
+  static const KnnKernels kernels{forward, backward, reduce, mask_gradient, partial_size};
+  return kernels;
+}
+}  // namespace regard
+
+REGARD_TARGET_END
+
+#else
+
+namespace regard {
+const KnnKernels& knn_avx512() { return knn_plain(); }
+}  // namespace regard
+
+#endif

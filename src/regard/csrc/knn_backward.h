@@ -1,0 +1,238 @@
+// k-NN attention's backward: the forward's logits again, its selection from the saved k-th logit and last tie, and then
+// only the kept keys. Included inside an instruction set's namespace, after knn_kernels.h.
+#pragma once
+
+static REGARD_INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec::F even = Vec::zero(), odd = Vec::zero();
+  int64_t c = 0;
+  for (; c + 2 * W <= n; c += 2 * W) {
+    even = Vec::fma(Vec::load(a + c), Vec::load(b + c), even);
+    odd = Vec::fma(Vec::load(a + c + W), Vec::load(b + c + W), odd);
+  }
+  if (c < n) even = Vec::fma(Vec::load(a + c), Vec::load(b + c), even);
+  return Vec::sum(Vec::add(even, odd));
+}
+
+// What the backward needs of one key head, and where it collects: rows of floats, padded to whole vectors.
+struct HeadMemory {
+  float *panels, *keys, *values, *grad_keys, *grad_values, *rows;
+
+  static int64_t floats(const KnnProblem& p, const Layout& l) {
+    return l.keys_padded * (p.dim + 2 * l.dim_padded + 2 * l.value_padded) + NR * l.dim_padded + 6 * 16;
+  }
+  HeadMemory(const KnnProblem& p, const Layout& l, Scratch& scratch)
+      : panels(scratch.take(l.keys_padded * p.dim)), keys(scratch.take(l.keys_padded * l.dim_padded)),
+        values(scratch.take(l.keys_padded * l.value_padded)), grad_keys(scratch.take(l.keys_padded * l.dim_padded)),
+        grad_values(scratch.take(l.keys_padded * l.value_padded)), rows(scratch.take(NR * l.dim_padded)) {}
+  void load(const KnnProblem& p, const Layout& l, int64_t batch, int64_t key_head) {
+    pack_panels(p.key, batch, key_head, p.keys, p.dim, rows, panels);
+    pack_rows(p.key, batch, key_head, p.keys, p.dim, l.dim_padded, keys);
+    pack_rows(p.value, batch, key_head, p.keys, p.value_dim, l.value_padded, values);
+  }
+};
+
+// Selects a tile's kept keys again and gives their weights and the gradients of their logits.
+class BackwardTile {
+ public:
+  static int64_t floats(const KnnProblem& p, const Layout& l) {
+    return Tile::floats(p, l) + l.rows * (2 * l.value_padded + l.ld) + l.rows + 128;
+  }
+  BackwardTile(const KnnProblem& p, const KnnGradients& grads, const Layout& layout, Scratch& scratch)
+      : tile(p, layout, scratch), grad_output(scratch.take(layout.rows * layout.value_padded)),
+        grad_logits(scratch.take(layout.rows * layout.ld)), problem_(p), grads_(grads), layout_(layout),
+        output_(scratch.take(layout.value_padded)) {}
+
+  // Leaves, for each row, a list of kept keys with their weights.
+  void select(int64_t batch, int64_t head, int64_t first, int64_t count, const HeadMemory& memory) {
+    const KnnProblem& p = problem_;
+    tile.score(batch, head, first, count, memory.panels);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t query = first + r, place = (batch * p.heads + head) * p.queries + query;
+      tile.mask(batch, head, r, query);
+      const Tensor4 &go = grads_.grad_output, &out = p.output;
+      float* row = grad_output + r * layout_.value_padded;
+      load_row(at(go, batch, head, query), go.stride[3], go.dtype, p.value_dim, 1.0f, row);
+      load_row(at(out, batch, head, query), out.stride[3], out.dtype, p.value_dim, 1.0f, output_);
+      delta[r] = dot(row, output_, layout_.value_padded);
+      kept[r] = select_again(r, visible(p, query), p.kth_logit[place], p.last_tie[place]);
+      weigh(r, p.lse[place]);
+    }
+  }
+
+  // Gradients of the logits of list entries [begin, end) of row r.
+  void differentiate(int64_t r, int64_t begin, int64_t end, const float* values) {
+    const int32_t* indices = tile.row_indices(r);
+    const float *weights = tile.row(r), *row = grad_output + r * layout_.value_padded;
+    float* gradient = grad_logits + r * layout_.ld;
+    for (int64_t i = begin; i < end; ++i)
+      gradient[i] =
+          weights[i] * (dot(row, values + indices[i] * layout_.value_padded, layout_.value_padded) - delta[r]);
+  }
+
+  Tile tile;
+  float *grad_output, *grad_logits;
+  int64_t kept[2 * MR];
+  float delta[2 * MR];
+
+ private:
+  int64_t select_again(int64_t r, int64_t columns, float kth, int32_t last_tie) {
+    float* v = tile.row(r);
+    int32_t* indices = tile.row_indices(r);
+    for (int64_t m = columns; m < round_up(columns, W); ++m) v[m] = -kInf;
+    if (kth != kth) {  // a broken row: every key it saw gets NaN
+      for (int64_t m = 0; m < columns; ++m) indices[m] = static_cast<int32_t>(m);
+      return columns;
+    }
+    if (kth == -kInf) return compress_row(v, indices, round_up(columns, W), kLowest);
+    const Vec::F threshold = Vec::set1(kth);
+    int64_t n = 0;
+    for (int64_t m = 0; m < columns; m += W) {
+      const Vec::F x = Vec::load(v + m);
+      const typename Vec::Mask tied = Vec::both(Vec::eq(x, threshold), Vec::upto(static_cast<int>(m), last_tie));
+      n += Vec::compress(v + n, indices + n, x, static_cast<int>(m), Vec::either(Vec::gt(x, threshold), tied));
+    }
+    return n;
+  }
+
+  void weigh(int64_t r, float lse) {
+    float* v = tile.row(r);
+    if (lse != lse) {
+      for (int64_t i = 0; i < kept[r]; ++i) v[i] = kNaN;
+    } else {
+      weigh_list(v, kept[r], lse);
+    }
+  }
+
+  const KnnProblem& problem_;
+  const KnnGradients& grads_;
+  const Layout& layout_;
+  float* output_;
+};
+
+// One list entry: grad_value_j += p dO, grad_key_j += ds q, grad_query += ds k_j, NV vectors of channels at a time.
+template <int NV>
+static REGARD_INLINE void scatter(
+    const float* factor, const int32_t* indices, int64_t begin, int64_t end, const float* row, float* rows, int64_t ld) {
+  Vec::F x[NV];
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) x[c] = Vec::load(row + c * W);
+  for (int64_t i = begin; i < end; ++i) {
+    float* target = rows + indices[i] * ld;
+    const Vec::F f = Vec::set1(factor[i]);
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) Vec::store(target + c * W, Vec::fma(f, x[c], Vec::load(target + c * W)));
+  }
+}
+
+static void backward_tile(
+    const KnnProblem& p, const KnnGradients& grads, const Layout& l, BackwardTile& back, HeadMemory& memory,
+    float* grad_query, int64_t batch, int64_t head, int64_t first, int64_t count) {
+  back.select(batch, head, first, count, memory);
+  __builtin_memset(grad_query, 0, count * l.dim_padded * sizeof(float));
+  const int64_t columns = visible(p, first + count - 1);
+  int64_t done[2 * MR] = {};
+  for (int64_t m = 0; m < columns; m += l.key_block)
+    for (int64_t r = 0; r < count; ++r) {
+      const int32_t* indices = back.tile.row_indices(r);
+      const int64_t begin = done[r];
+      int64_t end = begin;
+      while (end < back.kept[r] && indices[end] < m + l.key_block) ++end;
+      if (end == begin) continue;
+      done[r] = end;
+      back.differentiate(r, begin, end, memory.values);
+      const float* ds = back.grad_logits + r * l.ld;
+      by_channels(l.value_padded, [&](auto nv, int64_t c) {
+        scatter<nv()>(back.tile.row(r), indices, begin, end, back.grad_output + r * l.value_padded + c,
+                      memory.grad_values + c, l.value_padded);
+      });
+      by_channels(l.dim_padded, [&](auto nv, int64_t c) {
+        scatter<nv()>(ds, indices, begin, end, back.tile.q_rows + r * l.dim_padded + c, memory.grad_keys + c, l.dim_padded);
+        gather<nv()>(ds, indices, begin, end, memory.keys + c, l.dim_padded, grad_query + r * l.dim_padded + c);
+      });
+    }
+  for (int64_t r = 0; r < count; ++r) {
+    char* target = const_cast<char*>(at(grads.grad_query, batch, head, first + r));
+    store_row(target, grads.grad_query.stride[3], grads.grad_query.dtype, p.dim, p.scale, grad_query + r * l.dim_padded);
+  }
+}
+
+static void store_head(
+    const KnnProblem& p, const KnnGradients& grads, const Layout& l, const KnnUnit& u, const float* keys, const float* values) {
+  for (int64_t m = 0; m < p.keys; ++m) {
+    const Tensor4 &gk = grads.grad_key, &gv = grads.grad_value;
+    store_row(const_cast<char*>(at(gk, u.batch, u.key_head, m)), gk.stride[3], gk.dtype, p.dim, 1.0f, keys + m * l.dim_padded);
+    store_row(const_cast<char*>(at(gv, u.batch, u.key_head, m)), gv.stride[3], gv.dtype, p.value_dim, 1.0f,
+              values + m * l.value_padded);
+  }
+}
+
+static int64_t partial_size(const KnnProblem& p) {
+  const Layout l(p);
+  return p.keys * (l.dim_padded + l.value_padded);
+}
+
+static void backward(
+    const KnnProblem& p, const KnnGradients& grads, const KnnUnit* units, int64_t count, float* partial) {
+  const Layout l(p);
+  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + l.rows * l.dim_padded + 256);
+  BackwardTile back(p, grads, l, scratch);
+  HeadMemory memory(p, l, scratch);
+  float* grad_query = scratch.take(l.rows * l.dim_padded);
+  const int64_t group = p.heads / p.key_heads;
+  for (const KnnUnit* u = units; u < units + count; ++u) {
+    memory.load(p, l, u->batch, u->key_head);
+    __builtin_memset(memory.grad_keys, 0, p.keys * l.dim_padded * sizeof(float));
+    __builtin_memset(memory.grad_values, 0, p.keys * l.value_padded * sizeof(float));
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t n = u->row_begin; n < u->row_end; n += l.rows)
+        backward_tile(p, grads, l, back, memory, grad_query, u->batch, u->key_head * group + g, n,
+                      smaller(l.rows, u->row_end - n));
+    if (partial == nullptr) {
+      store_head(p, grads, l, *u, memory.grad_keys, memory.grad_values);
+    } else {
+      float* sums = partial + (u - units) * partial_size(p);
+      __builtin_memcpy(sums, memory.grad_keys, p.keys * l.dim_padded * sizeof(float));
+      __builtin_memcpy(sums + p.keys * l.dim_padded, memory.grad_values, p.keys * l.value_padded * sizeof(float));
+    }
+  }
+}
+
+// Adds the partial sums of one key head in the order of its units, so that the result is the same every time.
+static void reduce(const KnnProblem& p, const KnnGradients& grads, const KnnUnit& unit, float* partial, int64_t parts) {
+  const Layout l(p);
+  const int64_t size = partial_size(p);
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
+  store_head(p, grads, l, unit, partial, partial + p.keys * l.dim_padded);
+}
+
+// A float mask's gradient. One call owns mask rows [row_begin, row_end) of mask batch b and head h and visits all that the
+// mask was broadcast to, so no two threads add to one place and the order is fixed.
+static void mask_gradient(
+    const KnnProblem& p, const KnnGradients& grads, int64_t b, int64_t h, int64_t row_begin, int64_t row_end) {
+  const Layout l(p);
+  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + 256);
+  BackwardTile back(p, grads, l, scratch);
+  HeadMemory memory(p, l, scratch);
+  const int64_t group = p.heads / p.key_heads;
+  const bool all_batches = p.mask_size[0] == 1, all_heads = p.mask_size[1] == 1, all_rows = p.mask_size[2] == 1;
+  const bool all_columns = p.mask_size[3] == 1;
+  float* out = grads.grad_mask + (b * p.mask_size[1] + h) * p.mask_size[2] * p.mask_size[3];
+  for (int64_t batch = all_batches ? 0 : b; batch < (all_batches ? p.batch : b + 1); ++batch) {
+    int64_t loaded = -1;
+    for (int64_t head = all_heads ? 0 : h; head < (all_heads ? p.heads : h + 1); ++head) {
+      if (head / group != loaded) memory.load(p, l, batch, loaded = head / group);
+      for (int64_t n = all_rows ? 0 : row_begin, stop = all_rows ? p.queries : row_end; n < stop; n += l.rows) {
+        const int64_t count = smaller(l.rows, stop - n);
+        back.select(batch, head, n, count, memory);
+        for (int64_t r = 0; r < count; ++r) {
+          back.differentiate(r, 0, back.kept[r], memory.values);
+          const float* ds = back.grad_logits + r * l.ld;
+          const int32_t* indices = back.tile.row_indices(r);
+          float* row = out + (all_rows ? 0 : n + r) * p.mask_size[3];
+          for (int64_t i = 0; i < back.kept[r]; ++i) row[all_columns ? 0 : indices[i]] += ds[i];
+        }
+      }
+    }
+  }
+}
