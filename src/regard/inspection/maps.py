@@ -1,0 +1,132 @@
+"""The attention weights of a mixer, asked of the mechanism itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.mixers import AttentionMixer
+from regard.specs import nearest
+
+__all__ = ["attention_maps"]
+
+# Value columns read in one call of the mechanism; kernels take head dims of 8 to 256.
+_WIDEST, _NARROWEST = 256, 8
+
+
+def attention_maps(model: nn.Module, images: Tensor, *, layer: int | str = -1) -> Tensor:
+    """The exact weights with which one layer of a model mixed its tokens.
+
+    The mechanism itself is asked: attention is linear in its values, so identity values hand back the weights. The
+    model is run once in evaluation mode and left as found: training flags, buffers, random state.
+
+    Args:
+        model: a model with regard's attention mixers in it.
+        images: what the model takes, (B, channels, height, width) for the backbones; on the model's device.
+        layer: which mixer: its index among the model's mixers in the order of their definition, negative from the end,
+            or its module name, such as "blocks.3.attn".
+
+    Returns:
+        (B, H, N, N): row i holds the weights of query i; rows sum to one (to zero where every key is masked). In the
+        dtype that the layer computed in. B * H * N * N entries are held, whatever the mechanism itself needs.
+
+    Raises:
+        ValueError: the model has no attention mixer, or `layer` names none of them.
+        RuntimeError: the model's forward did not call that mixer.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; compiled code would not see the recorder
+    name, mixer = _find(model, layer)
+    with _left_as_found(model, images.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _recorded(mixer) as record:
+            model(images)
+        if record.query is None or record.key is None:
+            raise RuntimeError(f"layer: the model's forward did not call {name!r}; choose a mixer that it calls")
+        return _weights(mixer, record.query, record.key, record.options)
+
+
+def _find(model: nn.Module, layer: int | str) -> tuple[str, AttentionMixer]:
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, AttentionMixer)}
+    if not mixers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no attention mixer of regard; build it with one, "
+            "such as timm.create_model(name, attn_layer=regard.KNNAttention)"
+        )
+    names = list(mixers)
+    if isinstance(layer, str):
+        if layer not in mixers:
+            raise ValueError(f"layer: no mixer is called {layer!r}; known: {', '.join(nearest(layer, names))}")
+        return layer, mixers[layer]
+    if not -len(names) <= layer < len(names):
+        raise ValueError(f"layer: {layer} is out of range; the model has {len(names)} mixers, 0 to {len(names) - 1}")
+    return names[layer], mixers[names[layer]]
+
+
+@dataclass
+class _Record:
+    """What a mixer's `attend` was last called with, values aside."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _recorded(mixer: AttentionMixer) -> Iterator[_Record]:
+    """Within this context the mixer's `attend` leaves a record of its last call."""
+    record, attend = _Record(), mixer.attend
+
+    def recorder(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid_size: tuple[int, ...] | None,
+    ) -> Tensor:
+        record.query, record.key = query, key
+        record.options = {"attn_mask": attn_mask, "is_causal": is_causal, "grid_size": grid_size}
+        return attend(query, key, value, **record.options)
+
+    before = vars(mixer).get("attend")
+    vars(mixer)["attend"] = recorder
+    try:
+        yield record
+    finally:
+        del vars(mixer)["attend"]
+        if before is not None:
+            vars(mixer)["attend"] = before
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode; afterwards training flags, buffers and random state are what they were."""
+    training = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    accelerators = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _weights(mixer: AttentionMixer, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """attend(query, key, identity), a few columns of the identity at a time."""
+    batch, heads, keys, _ = key.shape
+    identity = torch.eye(keys, device=key.device, dtype=key.dtype)
+    parts = []
+    for columns in identity.split(_WIDEST, dim=1):
+        width = columns.shape[1]
+        padded = nn.functional.pad(columns, (0, max(_NARROWEST - width, 0)))
+        value = padded.expand(batch, heads, *padded.shape)
+        parts.append(mixer.attend(query, key, value, **options)[..., :width])
+    return torch.cat(parts, dim=-1)
