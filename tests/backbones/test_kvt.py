@@ -71,10 +71,10 @@ def test_outputs_equal_the_official_ones_in_float32(filled, golden):
     with torch.no_grad():
         logits = filled(synthetic_images(4, 224))
     error = (logits.double() - golden["logits_fp64"]).abs().amax(dim=1)
-    budget = 2 * (golden["logits"].double() - golden["logits_fp64"]).abs().max()
-    # Another order of summation may select another of two nearly equal keys: that moves one image by less than 1e-2.
-    assert (error <= budget).sum() >= 3, error
-    assert error.max() < 1e-2
+    # Of 28,368 rows a few choose between keys whose logits differ by one rounding; another order of summation takes the
+    # other one, which moves that image a little. The smallest deliberate mistake moved every image by 1.7e-4 or more.
+    assert error.median() < 1.7e-4, error
+    assert error.max() < 1e-2, error
 
 
 def test_the_parity_test_would_notice_a_wrong_topk(filled, golden):
