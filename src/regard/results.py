@@ -1,15 +1,26 @@
-"""Results: plain dataclasses that measure rooms fill and the report reads. They know nothing of torch and turn into JSON.
+"""Results: plain dataclasses that measure rooms fill and the report reads. They know no torch and turn into JSON.
 
 Seconds are wall-clock seconds, memory is bytes, accuracy is a fraction, FLOPs count a multiply-add as two.
 """
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["AttentionMap", "Comparison", "CostPoint", "EpochRecord", "Environment", "TrainingRun", "write_text"]
+__all__ = [
+    "AttentionMap",
+    "Comparison",
+    "CostPoint",
+    "Crossover",
+    "Environment",
+    "EpochRecord",
+    "TrainingRun",
+    "to_json",
+    "write_text",
+]
 
 
 @dataclass
@@ -38,6 +49,14 @@ class TrainingRun:
     test_images_per_second: float = 0.0
     test_correct: list[bool] = field(default_factory=list)  # one a test image, for paired comparison
     finished: bool = False
+    tokens: int = 0  # that attend to each other in one image; 0 if unknown
+    failure: str = ""  # why the run ended early, if it was not the user who stopped it
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The run that `dataclasses.asdict` turned into `fields`. Raises ValueError if it is not one."""
+        known = _fields_of(cls, fields)
+        return cls(**{**known, "epochs": [EpochRecord(**_fields_of(EpochRecord, e)) for e in known.get("epochs", [])]})
 
     @property
     def accuracy(self) -> float:
@@ -62,7 +81,19 @@ class CostPoint:
     seconds_high: float  # third quartile
     repeats: int
     flops: int
-    peak_memory: int | None = None  # growth of the peak resident size beyond inputs, outputs and gradients, in a fresh process
+    peak_memory: int | None = (
+        None  # growth of the peak resident size beyond inputs, outputs and gradients, in a fresh process
+    )
+
+
+@dataclass
+class Crossover:
+    """From how many tokens on a mechanism's operator is faster than dense attention's."""
+
+    mechanism: str
+    direction: str  # "forward" or "forward+backward"
+    tokens: float | None  # interpolated between measured sizes; None: slower than dense at the largest size
+    always: bool = False  # already faster at the smallest measured size; `tokens` is then that size
 
 
 @dataclass
@@ -99,7 +130,17 @@ class Environment:
 
 @dataclass
 class Comparison:
-    """All that one `regard compare` found."""
+    """All that one `regard compare` found.
+
+    Args:
+        settings: the settings it ran under; `mechanisms` and `seeds` tell which runs were asked for.
+        environment: where it ran.
+        crossovers: derived from `costs`.
+        interrupted: the user stopped it before all was done.
+        notes: what a reader must know beside the figures, one sentence each.
+        command: the command that reproduces it.
+        seconds: wall-clock seconds of each part of the job.
+    """
 
     settings: dict[str, Any]
     environment: Environment
@@ -107,9 +148,58 @@ class Comparison:
     costs: list[CostPoint] = field(default_factory=list)
     maps: list[AttentionMap] = field(default_factory=list)
     interrupted: bool = False
+    crossovers: list[Crossover] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    command: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return to_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no JSON, or no comparison; the message names the field.
+        """
+        known = _fields_of(cls, json.loads(text))
+        known["environment"] = Environment(**_fields_of(Environment, known["environment"]))
+        known["runs"] = [TrainingRun.from_dict(run) for run in known.get("runs", [])]
+        for name, kind in (("costs", CostPoint), ("crossovers", Crossover), ("maps", AttentionMap)):
+            known[name] = [kind(**_fields_of(kind, one)) for one in known.get(name, [])]
+        for one in known["maps"]:
+            one.query = tuple(one.query)
+        return cls(**known)
+
+
+def to_json(value: Any) -> str:
+    """JSON text that every reader takes: NaN and infinity, which JSON lacks, become null (read back as NaN)."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value
+
+
+def _fields_of(kind: type, fields: Any) -> dict[str, Any]:
+    """The fields of dataclass `kind` in what JSON gave; null in a field of type float is NaN."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{kind.__name__}: expected an object, got {type(fields).__name__}")
+    declared = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - set(declared)):
+        raise ValueError(f"{kind.__name__}: unknown field {unknown[0]!r}; written by another version of regard?")
+    for name, one in declared.items():
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and name not in fields:
+            raise ValueError(f"{kind.__name__}: field {name!r} is missing")
+    return {n: math.nan if value is None and declared[n].type is float else value for n, value in fields.items()}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,1 +1,28 @@
+"""Studies: questions put to several rooms at once. Now: which mechanism, at what accuracy and cost?"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# At first use, so that the command line reads settings without importing torch.
+_EXPORTS = {
+    "CompareSettings": "regard.studies.settings",
+    "Interrupted": "regard.studies.comparison",
+    "SettingsError": "regard.studies.settings",
+    "compare": "regard.studies.comparison",
+}
+
+__all__ = list(_EXPORTS)
+
+if TYPE_CHECKING:
+    from regard.studies.comparison import Interrupted as Interrupted
+    from regard.studies.comparison import compare as compare
+    from regard.studies.settings import CompareSettings as CompareSettings
+    from regard.studies.settings import SettingsError as SettingsError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'regard.studies' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value

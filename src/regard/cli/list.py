@@ -1,0 +1,64 @@
+"""`regard list`: the mechanisms and their cards."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["List"]
+
+
+@dataclass(frozen=True)
+class List:
+    """List the mechanisms with their cards.
+
+    Args:
+        json: Print JSON instead of a table.
+    """
+
+    json: bool = False
+
+    def __call__(self) -> int:
+        entries = _entries()
+        if self.json:
+            print(json.dumps(entries, indent=1))
+        else:
+            _print_table(entries)
+        return 0
+
+
+def _entries() -> list[dict[str, Any]]:
+    from regard.mixers import mechanisms
+
+    entries = []
+    for name, mechanism in mechanisms().items():
+        options = {
+            field.name: None if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(mechanism)  # type: ignore[arg-type]
+        }
+        entries.append({**dataclasses.asdict(mechanism.card), "name": name, "options": options})
+    return entries
+
+
+def _print_table(entries: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("text form", "paper", "arXiv", "exact", "cost in N", "which keys, how strongly"):
+        table.add_column(heading, no_wrap=heading in ("text form", "arXiv"), overflow="fold")
+    for one in entries:
+        options = ", ".join(f"{name}={value!r}" for name, value in one["options"].items())
+        table.add_row(
+            f"{one['name']}({options})" if options else one["name"],
+            f"{one['title']} ({one['venue']})",
+            one["arxiv"],
+            "yes" if one["exact"] else "no",
+            one["cost"],
+            one["summary"],
+        )
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console.print(table)
+    console.print("The text form is what --mechanisms takes; a name alone takes the options shown.")

@@ -1,0 +1,93 @@
+"""Attention maps: the same query in the same image, under each mechanism."""
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from regard.report.style import MUTED, looks, new_figure
+from regard.report.summary import mechanisms_of
+from regard.results import AttentionMap, Comparison
+
+__all__ = ["attention_maps", "draw_map", "draw_query", "map_rows"]
+
+_QUERY = "#ffffff"
+
+
+def map_rows(comparison: Comparison) -> list[dict[str, AttentionMap]]:
+    """One row an image and query: the maps by mechanism."""
+    rows: dict[tuple[int, tuple[int, int]], dict[str, AttentionMap]] = {}
+    for one in comparison.maps:
+        rows.setdefault((one.image_index, one.query), {})[one.mechanism] = one
+    return list(rows.values())
+
+
+def attention_maps(comparison: Comparison, most: int = 4) -> Figure | None:
+    """Rows: images. Columns: the image with its query, then one map a mechanism, on one colour scale a row."""
+    rows = map_rows(comparison)[:most]
+    if not rows:
+        return None
+    columns = [name for name in mechanisms_of(comparison) if any(name in row for row in rows)]
+    width = 1.55 * (1 + len(columns)) + 0.2
+    figure, grid = new_figure(width, 1.86 * len(rows) + 0.3, nrows=len(rows), ncols=1 + len(columns), squeeze=False)
+    styles = looks(comparison)
+    for i, row in enumerate(rows):
+        peak = max(np.max(one.weights) for one in row.values())
+        draw_query(grid[i][0], next(iter(row.values())))
+        for j, name in enumerate(columns):
+            axes = grid[i][j + 1]
+            axes.axis("off")
+            if name in row:
+                draw_map(axes, row[name], float(peak))
+            if i == 0:
+                axes.set_title(name, color=styles[name].color, fontsize=9.5, loc="center")
+    return figure
+
+
+def draw_query(axes: Axes, one: AttentionMap) -> None:
+    """The image with its query token framed, and its label below."""
+    pixels = np.asarray(one.pixels, dtype=np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = pixels.repeat(3, axis=-1)
+    axes.imshow(pixels, interpolation="none", extent=_extent(one))
+    _frame_query(axes, one)
+    _bare(axes)
+    axes.set_xlabel(one.label, fontsize=9)
+
+
+def draw_map(axes: Axes, one: AttentionMap, peak: float) -> None:
+    """The weights over the grid; below: on how many tokens half the weight lies, and the model's answer if wrong."""
+    weights = np.asarray(one.weights, dtype=float)
+    shades = (255 * colormaps["magma"](np.clip(weights / peak if peak > 0 else weights, 0, 1))[..., :3]).astype(
+        np.uint8
+    )
+    axes.axis("on")
+    axes.imshow(shades, interpolation="none", extent=_extent(one))
+    _frame_query(axes, one)
+    _bare(axes)
+    wrong = "" if one.prediction == one.label else f"\nsays {one.prediction}"
+    axes.set_xlabel(f"half on {_half(weights)} of {weights.size}{wrong}", fontsize=8.5, color=MUTED)
+
+
+def _half(weights: np.ndarray) -> int:
+    """How few tokens hold half of the weight."""
+    ordered = np.sort(weights.ravel())[::-1]
+    return int(np.searchsorted(np.cumsum(ordered), 0.5 * ordered.sum()) + 1)
+
+
+def _extent(one: AttentionMap) -> tuple[float, float, float, float]:
+    return (0.0, float(len(one.weights[0])), float(len(one.weights)), 0.0)
+
+
+def _frame_query(axes: Axes, one: AttentionMap) -> None:
+    row, column = one.query
+    for color, width in (("#000000", 2.6), (_QUERY, 1.3)):
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=color, linewidth=width))
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,187 @@
+"""One look for all figures: a colour, marker and dash per mechanism, quiet axes, SVG that follows the page's theme."""
+
+import io
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from regard.report.summary import baseline_of, mechanisms_of
+from regard.results import Comparison
+
+__all__ = [
+    "GRID",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "Look",
+    "Styles",
+    "label_ends",
+    "label_marks",
+    "looks",
+    "new_figure",
+    "quiet",
+    "svg",
+]
+
+# These exact colours are replaced by the page's CSS variables, so figures follow its light and dark theme.
+INK, MUTED, GRID, PAPER = "#1b1f24", "#5d6670", "#d9dde2", "#fefefd"
+_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
+
+_BASELINE = "#7b838d"
+# Okabe and Ito's colours, which all common kinds of colour vision tell apart; yellow is left out, too pale on white.
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)))
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one mechanism is drawn, everywhere."""
+
+    color: str
+    marker: str
+    dash: Any
+
+
+Styles = dict[str, Look]
+
+
+def looks(comparison: Comparison) -> Styles:
+    """A look per mechanism: grey for the baseline, then the palette; dashes change when the colours run out."""
+    baseline = baseline_of(comparison)
+    others = [name for name in mechanisms_of(comparison) if name != baseline]
+    found = {baseline: Look(_BASELINE, _MARKERS[0], _DASHES[0])}
+    for i, name in enumerate(others):
+        dash = _DASHES[i // len(_PALETTE) % len(_DASHES)]
+        found[name] = Look(_PALETTE[i % len(_PALETTE)], _MARKERS[1 + i % (len(_MARKERS) - 1)], dash)
+    return found
+
+
+def new_figure(width: float = 5.4, height: float = 3.7, **grid: Any) -> tuple[Figure, Any]:
+    """A figure with axes in the project's look; sizes in inches. Further arguments go to Figure.subplots."""
+    with rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(**grid)
+
+
+def quiet(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, axis names and a faint horizontal grid."""
+    axes.set_title(title, pad=12, loc="left", fontweight="bold", fontsize=10.5, x=0.0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, axis="y")
+    axes.minorticks_off()
+
+
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float = 12.0) -> None:
+    """Write the text of each (x, y, text, colour) right of all, at its height, neighbours `gap` points apart."""
+    if not ends:
+        return
+    right = max(x for x, _, _, _ in ends)
+    figure = axes.get_figure()
+    to_points = 72.0 / figure.dpi if figure is not None else 1.0
+    heights = [axes.transData.transform((x, y))[1] * to_points for x, y, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: heights[i])
+    placed = dict(zip(order, _spread([heights[i] for i in order], gap), strict=True))
+    for i, (_, y, text, color) in enumerate(ends):
+        axes.annotate(
+            text,
+            (right, y),
+            xytext=(7, placed[i] - heights[i]),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def label_marks(axes: Axes, marks: list[tuple[float, float, str, str]]) -> None:
+    """Write the text of each (x, y, text, colour) beside its mark, at the first corner where it touches nothing."""
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        return
+    points = [axes.transData.transform((x, y)) for x, y, _, _ in marks]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in points]
+    corners: list[tuple[int, int, Literal["left", "right"]]]
+    corners = [(9, 8, "left"), (9, -8, "left"), (-9, 8, "right"), (-9, -8, "right"), (9, 22, "left"), (9, -22, "left")]
+    for (x, y, text, color), own in zip(marks, list(taken), strict=True):
+        label = axes.annotate(
+            text, (x, y), xytext=(9, 8), textcoords="offset points", color=color, fontsize=9, va="center"
+        )
+        others = [box for box in taken if box is not own]
+        for right, up, side in corners:
+            label.set_position((right, up))
+            label.set_horizontalalignment(side)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in others) and axes.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1:
+                break
+        taken.append(label.get_window_extent())
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed so that neighbours stand `gap` apart (groups keep their middle)."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+            last = groups.pop()
+            groups[-1] += last
+    return list(itertools.chain.from_iterable([_bottom(g, gap) + i * gap for i in range(len(g))] for g in groups))
+
+
+def _bottom(group: list[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: list[float], gap: float) -> float:
+    return _bottom(group, gap) + gap * (len(group) - 1)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an <svg> element for a page: themed colours, the page's font, ids made unique by `name`."""
+    out = io.StringIO()
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    # A viewBox alone: the page sets the width.
+    return re.sub(r'(<svg )(?:height|width)="[^"]*" (.*?)\s(?:height|width)="[^"]*"', r"\1\2", text, count=1)
