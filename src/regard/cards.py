@@ -1,8 +1,9 @@
 """Cards: what is known of each published mechanism; docs, `regard list` and the test matrix are made from them."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Card", "Evidence"]
+__all__ = ["Card", "Evidence", "table"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,37 @@ class Card:
     licence: str = ""
     quirks: tuple[str, ...] = ()
     evidence: Evidence = Evidence()
+
+    @property
+    def paper_link(self) -> str:
+        """The paper's address, empty if it has no arXiv id."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+
+# Heading of the table and what a card holds under it.
+_COLUMNS: dict[str, Callable[[Card], str]] = {
+    "name": lambda card: f"`{card.name}`",
+    "mechanism": lambda card: card.title,
+    "which keys, how strongly": lambda card: card.summary,
+    "own definition": lambda card: "exact" if card.exact else "approximate",
+    "cost in N tokens": lambda card: card.cost,
+    "grid": lambda card: "needed" if card.needs_grid else "no",
+    "dense weights load": lambda card: "with new ones" if card.adds_parameters else "unchanged",
+    "paper": lambda card: f"[{card.arxiv}]({card.paper_link}), {card.venue}" if card.arxiv else card.venue,
+}
+
+
+def table(cards: Iterable[Card], *, pages: str | None = None) -> str:
+    """The mechanisms' table in Markdown, one row a card.
+
+    Args:
+        cards: in the order of the rows.
+        pages: where the mechanisms' pages stand; each name becomes a link to `<pages>/<name>.md`.
+    """
+    rows = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    for card in cards:
+        row = [cell(card) for cell in _COLUMNS.values()]
+        if pages is not None:
+            row[0] = f"[{row[0]}]({pages}/{card.name}.md)"
+        rows.append([text.replace("|", "\\|") for text in row])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

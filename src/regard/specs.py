@@ -1,7 +1,7 @@
 """Mechanisms as values: frozen dataclasses with one text form, the same in Python, on the command line and in JSON.
 
-`KNN(topk=0.5)` is written `knn(topk=0.5)`; `knn` alone takes the defaults. A mechanism's class stands in the file of its
-mixer (`regard/mixers/`), which registers it here.
+`KNN(topk=0.5)` is written `knn(topk=0.5)`; `knn` alone takes the defaults. A mechanism's class stands in the file of
+its mixer (`regard/mixers/`), which registers it here.
 """
 
 import ast
@@ -21,7 +21,11 @@ _REGISTRY: dict[str, type["Mechanism"]] = {}
 
 
 class Mechanism:
-    """Base of every mechanism value. Subclasses are frozen dataclasses whose fields are the mechanism's options."""
+    """Base of every mechanism value. Subclasses are frozen dataclasses whose fields are the mechanism's options.
+
+    Two are equal if their text forms are: `knn(topk=1)` is one key and `knn(topk=1.0)` all of them, though 1 == 1.0. So
+    subclasses are declared with eq=False.
+    """
 
     card: ClassVar[Card]
 
@@ -33,6 +37,12 @@ class Mechanism:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
         return f"{self.name}({options})" if options else self.name
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def attend(
         self,
@@ -86,8 +96,8 @@ def parse(text: "str | Mechanism") -> Mechanism:
         text: `knn`, `knn(topk=0.5)`, or a Mechanism, which is returned as it is.
 
     Raises:
-        ValueError: the text is no call with keyword literals, the name or an option is unknown (the known ones are listed,
-            nearest first), or an option's value is refused.
+        ValueError: the text is no call with keyword literals, the name or an option is unknown (the known ones are
+            listed, nearest first), or an option's value is refused.
         TypeError: `text` is neither text nor a Mechanism.
     """
     if isinstance(text, Mechanism):

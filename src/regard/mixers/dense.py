@@ -67,7 +67,7 @@ class DenseAttention(AttentionMixer):
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense(Mechanism):
     """Dense attention, `dense` in text."""
 

@@ -60,7 +60,7 @@ CARD = Card(
         ),
         parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9",
         parameters={"kvt_deit_tiny": 5_717_416, "kvt_deit_small": 22_050_664},
-        trained="regard compare",
+        trained="`regard compare` trains it beside dense attention on real images, with several seeds",
     ),
 )
 
@@ -99,7 +99,7 @@ class KNNAttention(AttentionMixer):
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KNN(Mechanism):
     """k-NN attention, `knn(topk=0.5)` in text: an int is a number of keys, a float a fraction of them."""
 
