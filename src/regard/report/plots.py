@@ -15,8 +15,8 @@ from regard.results import Comparison, CostPoint, EpochRecord, TrainingRun
 
 __all__ = ["accuracy_over_epochs", "accuracy_over_seconds", "cost_accuracy", "operator_memory", "operator_time"]
 
-# Growth below one page table's worth cannot be told from nothing; the log axis starts here (bytes).
-_SMALLEST_MEMORY = 100_000
+# The measurement is true to about 1 MB, so the log axis starts there (bytes).
+_SMALLEST_MEMORY = 1_000_000
 
 
 def accuracy_over_epochs(comparison: Comparison) -> Figure | None:

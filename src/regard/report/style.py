@@ -179,9 +179,26 @@ def svg(figure: Figure, name: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = _unique_ids(text, name)
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     # A viewBox alone: the page sets the width.
-    return re.sub(r'(<svg )(?:height|width)="[^"]*" (.*?)\s(?:height|width)="[^"]*"', r"\1\2", text, count=1)
+    tag, end, rest = text.partition(">")
+    return re.sub(r'\s(?:height|width)="[^"]*"', "", tag) + end + rest
+
+
+def _unique_ids(text: str, name: str) -> str:
+    """Keep the ids that something refers to, once each, with `name` in front: several figures share one page."""
+    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    seen: set[str] = set()
+
+    def kept(match: re.Match[str]) -> str:
+        found = match.group(1)
+        if found not in referred or found in seen:
+            return ""
+        seen.add(found)
+        return f' id="{name}-{found}"'
+
+    text = re.sub(r'\sid="([^"]*)"', kept, text)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)

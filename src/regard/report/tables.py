@@ -112,7 +112,7 @@ def operator_table(comparison: Comparison, sizes: Sequence[int] | None = None) -
     ]
     has_memory = any(point.peak_memory is not None for point in comparison.costs)
     if has_memory:
-        columns.append(Column(f"{measured[-1]:,} tokens", "fwd + bwd", "Peak memory"))
+        columns.append(Column("fwd + bwd", f"at {measured[-1]:,}", "Peak memory"))
     times = {(point.mechanism, point.direction, point.tokens): point.seconds for point in comparison.costs}
     table = Table(columns)
     for one in summarise(comparison):

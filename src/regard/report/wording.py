@@ -30,9 +30,11 @@ def count(value: int | None) -> str:
 
 
 def megabytes(value: int | None) -> str:
-    """Bytes in MB of 10^6 bytes."""
+    """Bytes in MB of 10^6 bytes; the measurement does not tell less than one from nothing."""
     if value is None:
         return MISSING
+    if value < 1e6:
+        return "< 1 MB"
     return f"{value / 1e6:,.1f} MB" if value < 10e6 else f"{value / 1e6:,.0f} MB"
 
 
