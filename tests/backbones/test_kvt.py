@@ -72,7 +72,7 @@ def test_outputs_equal_the_official_ones_in_float32(filled, golden):
         logits = filled(synthetic_images(4, 224))
     error = (logits.double() - golden["logits_fp64"]).abs().amax(dim=1)
     # Of 28,368 rows a few choose between keys whose logits differ by one rounding; another order of summation takes the
-    # other one, which moves that image a little. The smallest deliberate mistake moved every image by 1.7e-4 or more.
+    # other one, which moves that image a little. The smallest deliberate mistake moved the logits by 1.7e-4.
     assert error.median() < 1.7e-4, error
     assert error.max() < 1e-2, error
 

@@ -88,6 +88,20 @@ def test_images_do_not_see_each_other(mechanism):
     torch.testing.assert_close(mixer(x)[1:2], mixer(x[1:2]))
 
 
+def test_permuted_tokens_give_permuted_outputs(mechanism):
+    if mechanism.card.needs_grid:
+        pytest.skip("the tokens' places matter to it")
+    mixer, x, order = make(mechanism).double(), tokens().double(), torch.randperm(16)
+    torch.testing.assert_close(mixer(x[:, order]), mixer(x)[:, order])
+
+
+def test_weights_are_a_distribution(mechanism):
+    query, key = torch.randn(2, 2, HEADS, 16, 8).double()
+    weights = mechanism.attend(query, key, torch.eye(16).double().expand(2, HEADS, 16, 16), grid_size=(4, 4))
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 16).double())
+
+
 def test_same_input_same_output(mechanism):
     mixer, x = make(mechanism), tokens()
     torch.testing.assert_close(mixer(x), mixer(x), rtol=0, atol=0)
@@ -134,7 +148,6 @@ def test_attend_is_linear_in_value(mechanism):
     options = {"grid_size": (4, 4)}
     weights = mechanism.attend(query, key, eye, **options)
     torch.testing.assert_close(weights @ value, mechanism.attend(query, key, value, **options))
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 16).double())
 
 
 def test_the_value_and_the_module_agree(mechanism):

@@ -35,6 +35,14 @@ def test_one_key_hands_over_its_value():
     torch.testing.assert_close(knn(x), knn.proj(expected))
 
 
+def test_one_key_leaves_query_and_key_without_gradient():
+    """A softmax over one logit is constant."""
+    _, knn, x = pair(1)
+    knn(x).square().sum().backward()
+    query, key, value = knn.qkv.weight.grad.chunk(3)
+    assert (query == 0).all() and (key == 0).all() and value.abs().sum() > 0
+
+
 def test_one_and_one_point_zero_differ():
     """`1` is one key, `1.0` is all of them."""
     _, one, x = pair(1)
