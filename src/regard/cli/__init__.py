@@ -51,7 +51,7 @@ def _read(arguments: list[str]) -> Callable[[], int]:
 
     from regard.cli.compare import Compare
     from regard.cli.doctor import Doctor
-    from regard.cli.list import List
+    from regard.cli.listing import List
 
     commands: dict[str, Callable[..., Callable[[], int]]] = {"compare": Compare, "list": List, "doctor": Doctor}
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""`regard list`: the mechanisms and their cards."""
+"""`regard list`: the mechanisms and their cards. (A module called `list` would hide the builtin in this package.)"""
 
 import dataclasses
 import json
