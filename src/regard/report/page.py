@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from regard.report import maps, plots, tables, wording
 from regard.report.findings import crossings, findings, headline
-from regard.report.style import looks, svg
+from regard.report.style import looks, page_color, svg
 from regard.report.summary import DIRECTIONS, baseline_of, mechanisms_of, summarise
 from regard.results import Comparison, write_text
 
@@ -50,7 +50,7 @@ def render_page(comparison: Comparison) -> str:
         baseline=baseline_of(comparison),
         summary=tables.summary_table(comparison),
         operator_times=tables.operator_table(comparison),
-        colors={name: look.color for name, look in looks(comparison).items()},
+        colors={name: page_color(look) for name, look in looks(comparison).items()},
         mechanisms=mechanisms_of(comparison),
         figures=_figures(comparison),
         progress=_progress(comparison),

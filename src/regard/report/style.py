@@ -26,6 +26,7 @@ __all__ = [
     "label_marks",
     "looks",
     "new_figure",
+    "page_color",
     "quiet",
     "svg",
 ]
@@ -33,6 +34,8 @@ __all__ = [
 # These exact colours are replaced by the page's CSS variables, so figures follow its light and dark theme.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5d6670", "#d9dde2", "#fefefd"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
+# Of the palette only the blue is too dark for a dark page.
+_VARIABLES["#0072b2"] = "var(--blue)"
 
 _BASELINE = "#7b838d"
 # Okabe and Ito's colours, which all common kinds of colour vision tell apart; yellow is left out, too pale on white.
@@ -104,6 +107,11 @@ def quiet(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(True, axis="y")
     axes.minorticks_off()
+
+
+def page_color(look: Look) -> str:
+    """A look's colour as CSS in the page's theme."""
+    return _VARIABLES.get(look.color, look.color)
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float = 12.0) -> None:
