@@ -1,6 +1,5 @@
 """The base of the mixers: agreement with timm's Attention, the grid, bound classes."""
 
-import inspect
 import pickle
 
 import pytest
@@ -13,10 +12,6 @@ from regard.mixers._attention import resolve_grid
 
 DIM, HEADS = 48, 3
 
-recent_timm = pytest.mark.skipif(
-    "gated" not in inspect.signature(Attention).parameters, reason="this timm's Attention has fewer arguments"
-)
-
 
 def pair(**options):
     torch.manual_seed(0)
@@ -26,7 +21,6 @@ def pair(**options):
     return ours, timms
 
 
-@recent_timm
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,7 +51,6 @@ def test_dropout_draws_as_timms():
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
-@recent_timm
 def test_arguments_stand_in_timms_order():
     by_position = (DIM, HEADS, 8, 40, True, True, True, False, True, 0.1, 0.2, nn.LayerNorm)
     assert repr(DenseAttention(*by_position)).split("\n", 1)[1] == repr(Attention(*by_position)).split("\n", 1)[1]

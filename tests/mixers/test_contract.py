@@ -1,7 +1,6 @@
 """The mixer contract, over every registered mechanism: a new one is tested by being registered."""
 
 import copy
-import inspect
 import pickle
 
 import pytest
@@ -26,10 +25,6 @@ ALL_OPTIONS = {
     "gated": True,
     "norm_layer": nn.LayerNorm,
 }
-
-recent_timm = pytest.mark.skipif(
-    "gated" not in inspect.signature(Attention).parameters, reason="this timm's Attention has fewer arguments"
-)
 
 
 def make(mechanism, **options):
@@ -69,7 +64,6 @@ def test_small_batches(mechanism, batch):
     assert make(mechanism)(tokens(16, batch=batch)).shape == (batch, 16, DIM)
 
 
-@recent_timm
 def test_parameters_are_dense_attentions(mechanism):
     ours, timms = make(mechanism, **ALL_OPTIONS), Attention(DIM, num_heads=HEADS, **ALL_OPTIONS)
     shapes = {name: weight.shape for name, weight in timms.state_dict().items()}
