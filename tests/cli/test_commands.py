@@ -23,7 +23,9 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compare", "--help"], ["list", "--help"]])
 def test_help_imports_no_torch(arguments):
-    code = f"import sys; from regard.cli import main; code = main({arguments}); sys.exit(code or 'torch' in sys.modules)"
+    code = (
+        f"import sys; from regard.cli import main; code = main({arguments}); sys.exit(code or 'torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     assert "usage: regard" in found.stdout

@@ -8,7 +8,9 @@ from regard.results import CostPoint, Environment, EpochRecord, TrainingRun
 from regard.studies.settings import CompareSettings, SettingsError
 from regard.studies.store import RunStore
 
-HERE = Environment("Test machine", 2, 2, "avx512", "cpu", "3.11.7", "2.15.0", "1.0.31", "0.1.0", "abc1234", "2026-11-21")
+HERE = Environment(
+    "Test machine", 2, 2, "avx512", "cpu", "3.11.7", "2.15.0", "1.0.31", "0.1.0", "abc1234", "2026-11-21"
+)
 FINGERPRINT = {"data": "embedded", "model": "vit", "recipe": {"epochs": 2, "betas": (0.9, 0.99)}}
 
 
@@ -74,7 +76,11 @@ def test_a_run_without_weights_or_unfinished_is_reported(store):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"model": "other"}, "model='vit', now model='other'"), ({"recipe": {"epochs": 3}}, "recipe"), ({"new": 1}, "new")],
+    [
+        ({"model": "other"}, "model='vit', now model='other'"),
+        ({"recipe": {"epochs": 3}}, "recipe"),
+        ({"new": 1}, "new"),
+    ],
 )
 def test_a_run_under_other_settings_is_an_error_with_the_way_out(store, tmp_path, change, named):
     save(store, make_run())

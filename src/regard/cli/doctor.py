@@ -82,7 +82,7 @@ def _version(package: str) -> str:
 def _sample_calls() -> list[SampleCall]:
     import torch
 
-    import regard
+    from regard.ops import explain
 
     samples: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("float32", {}, {}),
@@ -99,7 +99,7 @@ def _sample_calls() -> list[SampleCall]:
             found.append(SampleCall(call, "", (("cuda", "torch sees no such device here"),)))
             continue
         query = torch.zeros(1, 2, 16, 32, **tensor)
-        answer = regard.explain("knn_attention", query, query, query, topk=0.5, **options)
+        answer = explain("knn_attention", query, query, query, topk=0.5, **options)
         found.append(SampleCall(call, answer.backend, answer.refusals))
     return found
 

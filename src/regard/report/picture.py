@@ -29,14 +29,16 @@ def summary_picture(comparison: Comparison, *, width: int = 1200) -> Image.Image
         raise ValueError("comparison: the picture needs finished runs, attention maps and operator costs")
     figures = [figure for figure in right if figure is not None]
     dpi = 2 * width / (left.get_figwidth() + max(figure.get_figwidth() for figure in figures))
+    margin = width // 25
+    dpi *= 1 - 1.5 * margin / (2 * width)
     column, panels = _raster(left, dpi), [_raster(figure, dpi) for figure in figures]
     height = max(column.height, sum(panel.height for panel in panels))
     canvas = Image.new("RGB", (2 * width, height), PAPER)
-    canvas.paste(column, (0, (height - column.height) // 2))
+    canvas.paste(column, (margin // 2, (height - column.height) // 2))
     gap = (height - sum(panel.height for panel in panels)) // (len(panels) + 1)
     y = gap
     for panel in panels:
-        canvas.paste(panel, (column.width, y))
+        canvas.paste(panel, (column.width + margin, y))
         y += panel.height + gap
     return canvas.resize((width, round(height / 2)), Image.Resampling.LANCZOS)
 
