@@ -6,6 +6,9 @@
 #include "knn.h"
 #include "target.h"
 
+// Nothing of the standard library may be instantiated below: its templates are shared between the translation units, and
+// the linker could hand one compiled for this instruction set to all of them.
+
 #if REGARD_X86
 #include <immintrin.h>
 

@@ -35,12 +35,11 @@ struct HeadMemory {
 class BackwardTile {
  public:
   static int64_t floats(const KnnProblem& p, const Layout& l) {
-    return Tile::floats(p, l) + l.rows * (2 * l.value_padded + l.ld) + l.rows + 128;
+    return Tile::floats(p, l) + l.rows * (l.value_padded + l.ld) + 128;
   }
   BackwardTile(const KnnProblem& p, const KnnGradients& grads, const Layout& layout, Scratch& scratch)
       : tile(p, layout, scratch), grad_output(scratch.take(layout.rows * layout.value_padded)),
-        grad_logits(scratch.take(layout.rows * layout.ld)), problem_(p), grads_(grads), layout_(layout),
-        output_(scratch.take(layout.value_padded)) {}
+        grad_logits(scratch.take(layout.rows * layout.ld)), problem_(p), grads_(grads), layout_(layout) {}
 
   // Leaves, for each row, a list of kept keys with their weights.
   void select(int64_t batch, int64_t head, int64_t first, int64_t count, const HeadMemory& memory) {
@@ -49,30 +48,40 @@ class BackwardTile {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = first + r, place = (batch * p.heads + head) * p.queries + query;
       tile.mask(batch, head, r, query);
-      const Tensor4 &go = grads_.grad_output, &out = p.output;
-      float* row = grad_output + r * layout_.value_padded;
-      load_row(at(go, batch, head, query), go.stride[3], go.dtype, p.value_dim, 1.0f, row);
-      load_row(at(out, batch, head, query), out.stride[3], out.dtype, p.value_dim, 1.0f, output_);
-      delta[r] = dot(row, output_, layout_.value_padded);
+      const Tensor4& go = grads_.grad_output;
+      load_row(at(go, batch, head, query), go.stride[3], go.dtype, p.value_dim, 1.0f,
+               grad_output + r * layout_.value_padded);
       kept[r] = select_again(r, visible(p, query), p.kth_logit[place], p.last_tie[place]);
       weigh(r, p.lse[place]);
     }
   }
 
-  // Gradients of the logits of list entries [begin, end) of row r.
-  void differentiate(int64_t r, int64_t begin, int64_t end, const float* values) {
+  // Gradients of the weights of list entries [begin, end) of row r, kept where the logits' gradients will be.
+  void differentiate_weights(int64_t r, int64_t begin, int64_t end, const float* values) {
     const int32_t* indices = tile.row_indices(r);
-    const float *weights = tile.row(r), *row = grad_output + r * layout_.value_padded;
+    const float* row = grad_output + r * layout_.value_padded;
     float* gradient = grad_logits + r * layout_.ld;
     for (int64_t i = begin; i < end; ++i)
-      gradient[i] =
-          weights[i] * (dot(row, values + indices[i] * layout_.value_padded, layout_.value_padded) - delta[r]);
+      gradient[i] = dot(row, values + indices[i] * layout_.value_padded, layout_.value_padded);
+  }
+
+  // Gradients of the logits of row r, from those of its weights: p (dp - sum p dp). The sum is taken over the list, as
+  // exact as the terms, and not as dot(output, its gradient), whose rounding stems from all channels.
+  void differentiate_logits(int64_t r) {
+    const float* weights = tile.row(r);
+    float* gradient = grad_logits + r * layout_.ld;
+    const int64_t n = kept[r];
+    Vec::F total = Vec::zero();
+    int64_t i = 0;
+    for (; i + W <= n; i += W) total = Vec::fma(Vec::load(weights + i), Vec::load(gradient + i), total);
+    float sum = Vec::sum(total);
+    for (int64_t j = i; j < n; ++j) sum += weights[j] * gradient[j];
+    for (int64_t j = 0; j < n; ++j) gradient[j] = weights[j] * (gradient[j] - sum);
   }
 
   Tile tile;
   float *grad_output, *grad_logits;
   int64_t kept[2 * MR];
-  float delta[2 * MR];
 
  private:
   int64_t select_again(int64_t r, int64_t columns, float kth, int32_t last_tie) {
@@ -94,22 +103,25 @@ class BackwardTile {
     return n;
   }
 
+  // The softmax anew rather than exp(logit - lse): the rounding of a large log-sum-exp would be every weight's error.
   void weigh(int64_t r, float lse) {
     float* v = tile.row(r);
+    const int64_t n = kept[r];
+    if (n == 0) return;
     if (lse != lse) {
-      for (int64_t i = 0; i < kept[r]; ++i) v[i] = kNaN;
-    } else {
-      weigh_list(v, kept[r], lse);
+      for (int64_t i = 0; i < n; ++i) v[i] = kNaN;
+      return;
     }
+    const Vec::F sum = Vec::set1(weigh_list(v, n, largest_of(v, n)));
+    for (int64_t i = 0; i < n; i += W) Vec::store(v + i, Vec::div(Vec::load(v + i), sum));
   }
 
   const KnnProblem& problem_;
   const KnnGradients& grads_;
   const Layout& layout_;
-  float* output_;
 };
 
-// One list entry: grad_value_j += p dO, grad_key_j += ds q, grad_query += ds k_j, NV vectors of channels at a time.
+// Adds factor * row to the rows of the kept keys, NV vectors of channels at a time.
 template <int NV>
 static REGARD_INLINE void scatter(
     const float* factor, const int32_t* indices, int64_t begin, int64_t end, const float* row, float* rows, int64_t ld) {
@@ -130,26 +142,22 @@ static void backward_tile(
   back.select(batch, head, first, count, memory);
   __builtin_memset(grad_query, 0, count * l.dim_padded * sizeof(float));
   const int64_t columns = visible(p, first + count - 1);
-  int64_t done[2 * MR] = {};
-  for (int64_t m = 0; m < columns; m += l.key_block)
-    for (int64_t r = 0; r < count; ++r) {
-      const int32_t* indices = back.tile.row_indices(r);
-      const int64_t begin = done[r];
-      int64_t end = begin;
-      while (end < back.kept[r] && indices[end] < m + l.key_block) ++end;
-      if (end == begin) continue;
-      done[r] = end;
-      back.differentiate(r, begin, end, memory.values);
-      const float* ds = back.grad_logits + r * l.ld;
-      by_channels(l.value_padded, [&](auto nv, int64_t c) {
-        scatter<nv()>(back.tile.row(r), indices, begin, end, back.grad_output + r * l.value_padded + c,
-                      memory.grad_values + c, l.value_padded);
-      });
-      by_channels(l.dim_padded, [&](auto nv, int64_t c) {
-        scatter<nv()>(ds, indices, begin, end, back.tile.q_rows + r * l.dim_padded + c, memory.grad_keys + c, l.dim_padded);
-        gather<nv()>(ds, indices, begin, end, memory.keys + c, l.dim_padded, grad_query + r * l.dim_padded + c);
-      });
-    }
+  by_key_blocks(l, back.tile, columns, count, back.kept, [&](int64_t r, int64_t begin, int64_t end) {
+    back.differentiate_weights(r, begin, end, memory.values);
+    by_channels(l.value_padded, [&](auto nv, int64_t c) {
+      scatter<nv()>(back.tile.row(r), back.tile.row_indices(r), begin, end, back.grad_output + r * l.value_padded + c,
+                    memory.grad_values + c, l.value_padded);
+    });
+  });
+  for (int64_t r = 0; r < count; ++r) back.differentiate_logits(r);
+  by_key_blocks(l, back.tile, columns, count, back.kept, [&](int64_t r, int64_t begin, int64_t end) {
+    const int32_t* indices = back.tile.row_indices(r);
+    const float* ds = back.grad_logits + r * l.ld;
+    by_channels(l.dim_padded, [&](auto nv, int64_t c) {
+      scatter<nv()>(ds, indices, begin, end, back.tile.q_rows + r * l.dim_padded + c, memory.grad_keys + c, l.dim_padded);
+      gather<nv()>(ds, indices, begin, end, memory.keys + c, l.dim_padded, grad_query + r * l.dim_padded + c);
+    });
+  });
   for (int64_t r = 0; r < count; ++r) {
     char* target = const_cast<char*>(at(grads.grad_query, batch, head, first + r));
     store_row(target, grads.grad_query.stride[3], grads.grad_query.dtype, p.dim, p.scale, grad_query + r * l.dim_padded);
@@ -211,13 +219,18 @@ static void reduce(const KnnProblem& p, const KnnGradients& grads, const KnnUnit
 static void mask_gradient(
     const KnnProblem& p, const KnnGradients& grads, int64_t b, int64_t h, int64_t row_begin, int64_t row_end) {
   const Layout l(p);
-  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + 256);
+  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + 256 + 2 * (p.keys + row_end - row_begin));
   BackwardTile back(p, grads, l, scratch);
   HeadMemory memory(p, l, scratch);
   const int64_t group = p.heads / p.key_heads;
   const bool all_batches = p.mask_size[0] == 1, all_heads = p.mask_size[1] == 1, all_rows = p.mask_size[2] == 1;
   const bool all_columns = p.mask_size[3] == 1;
-  float* out = grads.grad_mask + (b * p.mask_size[1] + h) * p.mask_size[2] * p.mask_size[3];
+  const int64_t width = p.mask_size[3];
+  float* out = grads.grad_mask + (b * p.mask_size[1] + h) * p.mask_size[2] * width;
+  // Long sums, over all rows or all columns, are few: they are kept in double.
+  const int64_t long_sums = all_rows ? width : all_columns ? row_end - row_begin : 0;
+  double* sums = reinterpret_cast<double*>(scratch.take(2 * long_sums));
+  for (int64_t i = 0; i < long_sums; ++i) sums[i] = 0.0;
   for (int64_t batch = all_batches ? 0 : b; batch < (all_batches ? p.batch : b + 1); ++batch) {
     int64_t loaded = -1;
     for (int64_t head = all_heads ? 0 : h; head < (all_heads ? p.heads : h + 1); ++head) {
@@ -226,13 +239,22 @@ static void mask_gradient(
         const int64_t count = smaller(l.rows, stop - n);
         back.select(batch, head, n, count, memory);
         for (int64_t r = 0; r < count; ++r) {
-          back.differentiate(r, 0, back.kept[r], memory.values);
+          back.differentiate_weights(r, 0, back.kept[r], memory.values);
+          back.differentiate_logits(r);
           const float* ds = back.grad_logits + r * l.ld;
           const int32_t* indices = back.tile.row_indices(r);
-          float* row = out + (all_rows ? 0 : n + r) * p.mask_size[3];
-          for (int64_t i = 0; i < back.kept[r]; ++i) row[all_columns ? 0 : indices[i]] += ds[i];
+          for (int64_t i = 0; i < back.kept[r]; ++i) {
+            if (all_rows) {
+              sums[all_columns ? 0 : indices[i]] += ds[i];
+            } else if (all_columns) {
+              sums[n + r - row_begin] += ds[i];
+            } else {
+              out[(n + r) * width + indices[i]] += ds[i];
+            }
+          }
         }
       }
     }
   }
+  for (int64_t i = 0; i < long_sums; ++i) out[(all_rows ? 0 : row_begin) + i] = static_cast<float>(sums[i]);
 }

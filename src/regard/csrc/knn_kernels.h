@@ -194,6 +194,15 @@ static float least_of(const float* v, int64_t n) {
   return x;
 }
 
+static float largest_of(const float* v, int64_t n) {
+  int64_t i = 0;
+  Vec::F most = Vec::set1(-kInf);
+  for (; i + W <= n; i += W) most = Vec::max(most, Vec::load(v + i));
+  float x = Vec::largest(most);
+  for (; i < n; ++i) x = v[i] > x ? v[i] : x;
+  return x;
+}
+
 static RowState forward_list(Tile& tile, int64_t r, int64_t columns, const RowStats& stats, int64_t k, Habit& habit) {
   RowState state{0, 0.0f, stats.largest, -kInf, -1, false};
   const bool all = stats.allowed <= k;
@@ -255,13 +264,14 @@ static RowState forward_dense(Tile& tile, int64_t r, int64_t columns, const RowS
   return state;
 }
 
-// out[0 .. 4 NV vectors) += weights of list entries [begin, end) times their value rows, two entries in flight.
+// out[0 .. NV vectors) += weights of list entries [begin, end) times their value rows, two entries in flight. Sums start
+// from zero in each block of keys: adding short sums rounds less than one long chain.
 template <int NV>
 static REGARD_INLINE void gather(
     const float* p, const int32_t* indices, int64_t begin, int64_t end, const float* values, int64_t ld, float* out) {
   Vec::F even[NV], odd[NV];
 #pragma GCC unroll 8
-  for (int c = 0; c < NV; ++c) even[c] = Vec::load(out + c * W), odd[c] = Vec::zero();
+  for (int c = 0; c < NV; ++c) even[c] = odd[c] = Vec::zero();
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) {
     const float *a = values + indices[i] * ld, *b = values + indices[i + 1] * ld;
@@ -279,7 +289,7 @@ static REGARD_INLINE void gather(
     for (int c = 0; c < NV; ++c) even[c] = Vec::fma(x, Vec::load(a + c * W), even[c]);
   }
 #pragma GCC unroll 8
-  for (int c = 0; c < NV; ++c) Vec::store(out + c * W, Vec::add(even[c], odd[c]));
+  for (int c = 0; c < NV; ++c) Vec::store(out + c * W, Vec::add(Vec::load(out + c * W), Vec::add(even[c], odd[c])));
 }
 
 // kMixRows rows of weights times values of keys [begin, end), added to NV vectors of each output row.
@@ -291,7 +301,7 @@ static REGARD_INLINE void mix(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) acc[r][c] = Vec::load(out + r * ldo + c * W);
+    for (int c = 0; c < NV; ++c) acc[r][c] = Vec::zero();
   for (int64_t m = begin; m < end; ++m) {
     Vec::F v[NV];
 #pragma GCC unroll 4
@@ -306,7 +316,10 @@ static REGARD_INLINE void mix(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) Vec::store(out + r * ldo + c * W, acc[r][c]);
+    for (int c = 0; c < NV; ++c) {
+      float* target = out + r * ldo + c * W;
+      Vec::store(target, Vec::add(Vec::load(target), acc[r][c]));
+    }
 }
 
 // Calls f<NV>(first channel) over the channels in pieces of at most four vectors.
@@ -322,10 +335,28 @@ static REGARD_INLINE void by_channels(int64_t padded, const F& f) {
   }
 }
 
+// Calls f(row, begin, end) for the list entries of each row that lie in a block of keys, block after block.
+template <class F>
+static REGARD_INLINE void by_key_blocks(
+    const Layout& l, const Tile& tile, int64_t columns, int64_t count, const int64_t* kept, const F& f) {
+  int64_t done[2 * MR] = {};
+  for (int64_t m = 0; m < columns; m += l.key_block)
+    for (int64_t r = 0; r < count; ++r) {
+      const int32_t* indices = tile.row_indices(r);
+      const int64_t begin = done[r];
+      int64_t end = begin;
+      while (end < kept[r] && indices[end] < m + l.key_block) ++end;
+      if (end == begin) continue;
+      done[r] = end;
+      f(r, begin, end);
+    }
+}
+
 static void forward_tile(
     const KnnProblem& p, const Layout& l, Tile& tile, int64_t batch, int64_t head, int64_t first, int64_t count,
     const float* values, float* out, Habit& habit) {
   RowState states[2 * MR];
+  int64_t kept[2 * MR];
   const int64_t columns = visible(p, first + count - 1);
   const int64_t rows = l.dense_weights ? round_up(count, Vec::kMixRows) : count;
   __builtin_memset(out, 0, rows * l.value_padded * sizeof(float));
@@ -341,6 +372,7 @@ static void forward_tile(
     } else {
       state = forward_list(tile, r, own, stats, p.topk, habit);
     }
+    kept[r] = state.kept;
     if (l.dense_weights) {
       const int64_t written = state.kept ? round_up(own, W) : 0;
       for (int64_t m = written; m < columns; ++m) tile.row(r)[m] = 0.0f;
@@ -355,18 +387,11 @@ static void forward_tile(
                     out + r * l.value_padded + c, l.value_padded);
       });
   } else {
-    int64_t done[2 * MR] = {};
-    for (int64_t m = 0; m < columns; m += l.key_block)
-      for (int64_t r = 0; r < count; ++r) {
-        const int32_t* indices = tile.row_indices(r);
-        int64_t end = done[r];
-        while (end < states[r].kept && indices[end] < m + l.key_block) ++end;
-        if (end == done[r]) continue;
-        by_channels(l.value_padded, [&](auto nv, int64_t c) {
-          gather<nv()>(tile.row(r), indices, done[r], end, values + c, l.value_padded, out + r * l.value_padded + c);
-        });
-        done[r] = end;
-      }
+    by_key_blocks(l, tile, columns, count, kept, [&](int64_t r, int64_t begin, int64_t end) {
+      by_channels(l.value_padded, [&](auto nv, int64_t c) {
+        gather<nv()>(tile.row(r), tile.row_indices(r), begin, end, values + c, l.value_padded, out + r * l.value_padded + c);
+      });
+    });
   }
   for (int64_t r = 0; r < count; ++r) {
     const RowState& state = states[r];
@@ -374,9 +399,12 @@ static void forward_tile(
     p.lse[place] = state.broken ? kNaN : state.sum > 0.0f ? state.largest + __builtin_logf(state.sum) : -kInf;
     p.kth_logit[place] = state.kth;
     p.last_tie[place] = state.last_tie;
-    const float factor = state.broken ? kNaN : state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
+    // A row that keeps nothing is all zeros and stays so.
+    const Vec::F sum = Vec::set1(state.broken ? kNaN : state.sum > 0.0f ? state.sum : 1.0f);
+    float* row = out + r * l.value_padded;
+    for (int64_t c = 0; c < l.value_padded; c += W) Vec::store(row + c, Vec::div(Vec::load(row + c), sum));
     char* target = const_cast<char*>(at(p.output, batch, head, first + r));
-    store_row(target, p.output.stride[3], p.output.dtype, p.value_dim, factor, out + r * l.value_padded);
+    store_row(target, p.output.stride[3], p.output.dtype, p.value_dim, 1.0f, row);
   }
 }
 

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // 2: AVX-512, 1: AVX2 with FMA and F16C, 0: the baseline
-int64_t instruction_set() {
+int64_t best_instruction_set() {
 #if REGARD_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -29,6 +32,18 @@ int64_t instruction_set() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
+}
+
+// The best that this machine has, or a lesser one that REGARD_INSTRUCTION_SET names (so that each can be tested here).
+int64_t instruction_set() {
+  static const int64_t chosen = [] {
+    const int64_t best = best_instruction_set();
+    const char* asked = std::getenv("REGARD_INSTRUCTION_SET");
+    const std::string name = asked ? asked : "";
+    const int64_t wanted = name == "plain" ? 0 : name == "avx2" ? 1 : 2;
+    return std::min(best, wanted);
+  }();
+  return chosen;
 }
 
 const KnnKernels& kernels() {
@@ -129,11 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> knn_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
-    const Tensor& output, const Tensor& lse, const Tensor& kth, const Tensor& tie, int64_t topk, bool causal, double scale,
+    const Tensor& lse, const Tensor& kth, const Tensor& tie, int64_t topk, bool causal, double scale,
     bool wants_mask) {
   KnnProblem p = describe(query, key, value, mask, topk, causal, scale);
   STD_TORCH_CHECK(lse.is_contiguous() && kth.is_contiguous() && tie.is_contiguous(), "knn_attention: the state must be contiguous");
-  p.output = view4(output);
   p.lse = static_cast<float*>(lse.data_ptr());
   p.kth_logit = static_cast<float*>(kth.data_ptr());
   p.last_tie = static_cast<int32_t*>(tie.data_ptr());

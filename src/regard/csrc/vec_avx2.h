@@ -30,6 +30,7 @@ struct Vec {
   static REGARD_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static REGARD_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static REGARD_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static REGARD_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static REGARD_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static REGARD_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static REGARD_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }

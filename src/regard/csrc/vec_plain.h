@@ -19,6 +19,7 @@ struct Vec {
   static REGARD_INLINE F add(F a, F b) { return a + b; }
   static REGARD_INLINE F sub(F a, F b) { return a - b; }
   static REGARD_INLINE F mul(F a, F b) { return a * b; }
+  static REGARD_INLINE F div(F a, F b) { return a / b; }
   static REGARD_INLINE F fma(F a, F b, F c) { return a * b + c; }
   static REGARD_INLINE F max(F a, F b) { return a > b ? a : b; }
   static REGARD_INLINE F min(F a, F b) { return a < b ? a : b; }

@@ -1,7 +1,7 @@
 """Who computes an operator: backends, why they refuse, and how that is told.
 
-An operator lists its backends, best first. The first that does not refuse the call runs. A call that lands on the PyTorch
-path though a kernel might be expected says so once, with the reason: nobody falls onto a slow path in silence.
+An operator lists its backends, best first. The first that does not refuse the call runs. A call that lands on the
+PyTorch path says so once, with the reason: nobody falls onto a slow path in silence.
 """
 
 import contextlib
@@ -104,7 +104,8 @@ class Operator:
             return
         _said.add((self.name, told))
         warnings.warn(
-            f"regard: {self.name} runs on its slow path ({chosen}). {told}. This is said once; regard.explain tells more.",
+            f"regard: {self.name} runs on its slow path ({chosen}). {told}. "
+            "This is said once; regard.explain tells more.",
             SlowPathWarning,
             stacklevel=4,
         )

@@ -1,5 +1,10 @@
-"""Loads the compiled kernels, if the install built them."""
+"""Loads the compiled kernels, if the install built them.
 
+Two environment variables are for tests: `REGARD_KERNELS` names another library to load (one built with sanitizers),
+`REGARD_INSTRUCTION_SET` (`plain`, `avx2`, `avx512`) holds the kernels to less than the machine's best instruction set.
+"""
+
+import os
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +16,12 @@ __all__ = ["instruction_set", "load", "problem"]
 @cache
 def problem() -> str:
     """Why the C++ kernels are not here; empty if they are loaded."""
-    found = sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
+    asked = os.environ.get("REGARD_KERNELS")
+    found = [Path(asked)] if asked else sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
     if not found:
-        return "the C++ kernels were not built (no C++ compiler at install time?); install a compiler and reinstall regard"
+        return (
+            "the C++ kernels were not built (no C++ compiler at install time?); install a compiler and reinstall regard"
+        )
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:

@@ -49,8 +49,9 @@ def knn_attention(
 ) -> Tensor:
     """Attention in which each query keeps its `topk` largest logits (KVT, arXiv 2106.00515, the "fast version").
 
-    The logits are scaled, then masked or biased, then selected, then softmax runs over the kept ones. Ties go to the lowest
-    index, so a row keeps exactly `topk` keys; a row with fewer allowed keys keeps all of them; a row with none gives zeros.
+    The logits are scaled, then masked or biased, then selected, then softmax runs over the kept ones. Ties go to the
+    lowest index, so a row keeps exactly `topk` keys; a row with fewer allowed keys keeps all of them; a row with none
+    gives zeros.
     With `topk` at least the number of keys it equals scaled_dot_product_attention.
 
     Args:
@@ -132,7 +133,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     heads, key_heads = query.shape[-3], key.shape[-3]
     if heads != key_heads:
         if not enable_gqa:
-            raise ValueError(f"key: {key_heads} heads, the query has {heads}: {shapes}; grouped heads need enable_gqa=True")
+            raise ValueError(
+                f"key: {key_heads} heads, the query has {heads}: {shapes}; grouped heads need enable_gqa=True"
+            )
         if key_heads == 0 or heads % key_heads != 0:
             raise ValueError(f"key: the query's {heads} heads are no multiple of the key's {key_heads}: {shapes}")
 

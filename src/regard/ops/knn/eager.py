@@ -46,9 +46,7 @@ def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return knn_attention_reference(call, kept_by_threshold), *selection_state(scores, kept, call.topk)
 
 
-def gradients(
-    call: KNNCall, grad_output: Tensor, mask_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and float mask, written out: below autograd nothing records them for us."""
     groups = call.query.shape[1] // call.key.shape[1]
     soft = weights(call, kept_by_threshold)

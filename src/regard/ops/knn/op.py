@@ -1,7 +1,7 @@
 """The dispatcher's view of k-NN attention: schema, shapes, gradient, FLOPs. Kernels only add an implementation.
 
-`regard::knn_attention` returns, beside the output, the state from which the backward selects the same keys again without
-storing an N x M mask: per row the log-sum-exp, the k-th logit and the index of the last kept tie.
+`regard::knn_attention` returns, beside the output, the state from which the backward selects the same keys again
+without storing an N x M mask: per row the log-sum-exp, the k-th logit and the index of the last kept tie.
 """
 
 from typing import Any
@@ -20,11 +20,12 @@ __all__ = ["knn_attention_op"]
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask"
 _OPTIONS = "SymInt topk, bool is_causal, float scale"
 torch.library.define(
-    "regard::knn_attention", f"({_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse, Tensor kth_logit, Tensor last_tie)"
+    "regard::knn_attention",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse, Tensor kth_logit, Tensor last_tie)",
 )
 torch.library.define(
     "regard::knn_attention_backward",
-    f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, Tensor kth_logit, Tensor last_tie, {_OPTIONS}, "
+    f"(Tensor grad_output, {_INPUTS}, Tensor lse, Tensor kth_logit, Tensor last_tie, {_OPTIONS}, "
     "bool mask_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
 )
 torch.library.define("regard::instruction_set", "() -> int")
@@ -60,7 +61,6 @@ def _fake_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    output: Tensor,
     lse: Tensor,
     kth_logit: Tensor,
     last_tie: Tensor,
@@ -90,7 +90,6 @@ def _pytorch_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    output: Tensor,
     lse: Tensor,
     kth_logit: Tensor,
     last_tie: Tensor,
@@ -110,7 +109,7 @@ def _pytorch_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
     query, key, value, attn_mask, ctx.topk, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, attn_mask, *output)
+    ctx.save_for_backward(query, key, value, attn_mask, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -128,7 +127,7 @@ def _gradient(ctx: Any, grad_output: Tensor | None, *unused: Tensor | None) -> t
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
     grad_output, query, key, value, attn_mask, *_ = inputs
-    ctx.topk, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[9:]
+    ctx.topk, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[8:]
     ctx.save_for_backward(grad_output, query, key, value, attn_mask)
 
 
@@ -146,7 +145,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         pairs = [(f, g) for f, g in zip(first, grads, strict=False) if g is not None]
         second = torch.autograd.grad([f for f, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
     mask_grad = second[4] if ctx.mask_gradient else None
-    return *second[:4], mask_grad, *(None,) * 8
+    return *second[:4], mask_grad, *(None,) * 7
 
 
 torch.library.register_autograd("regard::knn_attention", _gradient, setup_context=_setup)
@@ -155,7 +154,13 @@ torch.library.register_autograd("regard::knn_attention_backward", _double_backwa
 
 @register_flop_formula(torch.ops.regard.knn_attention)
 def forward_flops(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], mask: Any, topk: int, *rest: Any, **kwargs: Any
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    mask: Any,
+    topk: int,
+    *rest: Any,
+    **kwargs: Any,
 ) -> int:
     """All logits, then the kept values: 2 N M D + 2 N k D_v a head."""
     batch, heads, rows, dim = query
@@ -169,7 +174,6 @@ def backward_flops(
     key: tuple[int, ...],
     value: tuple[int, ...],
     mask: Any,
-    output: Any,
     lse: Any,
     kth_logit: Any,
     last_tie: Any,

@@ -1,4 +1,4 @@
-"""The specification of k-NN attention, in any dtype, differentiable by autograd. Everything else is checked against it."""
+"""The specification of k-NN attention, in any dtype, differentiable by autograd. All else is checked against it."""
 
 from collections.abc import Callable
 
