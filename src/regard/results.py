@@ -6,6 +6,7 @@ Seconds are wall-clock seconds, memory is bytes, accuracy is a fraction, FLOPs c
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -175,7 +176,9 @@ class Comparison:
 
 def to_json(value: Any) -> str:
     """JSON text that every reader takes: NaN and infinity, which JSON lacks, become null (read back as NaN)."""
-    return json.dumps(_finite(value), indent=1, allow_nan=False)
+    text = json.dumps(_finite(value), indent=1, allow_nan=False)
+    # Lists of plain numbers (maps, pixels) go on one line each; within JSON strings no line break occurs.
+    return re.sub(r"\[\n([^\[\]{}\"]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _finite(value: Any) -> Any:
