@@ -13,9 +13,14 @@ import torch
 __all__ = ["instruction_set", "load", "problem"]
 
 
-@cache
+@torch.compiler.assume_constant_result
 def problem() -> str:
     """Why the C++ kernels are not here; empty if they are loaded."""
+    return _problem()
+
+
+@cache
+def _problem() -> str:
     asked = os.environ.get("REGARD_KERNELS")
     found = [Path(asked)] if asked else sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
     if not found:

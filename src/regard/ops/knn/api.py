@@ -95,8 +95,9 @@ def _bind(
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     if scale is not None and not isinstance(scale, numbers.Real | torch.SymFloat):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        lower = torch.get_autocast_dtype(query.device.type)
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(device)
         query, key, value = query.to(lower), key.to(lower), value.to(lower)
     lead = tuple(query.shape[:-3])
     mask = None if attn_mask is None else _canonical_mask(attn_mask, query, key)

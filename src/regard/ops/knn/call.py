@@ -26,3 +26,8 @@ class KNNCall:
     dropout_p: float
     is_causal: bool
     scale: float
+
+    @property
+    def groups(self) -> int:
+        """How many query heads share a key head."""
+        return self.query.shape[1] // self.key.shape[1] if self.key.shape[1] else 1

@@ -48,16 +48,15 @@ def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and float mask, written out: below autograd nothing records them for us."""
-    groups = call.query.shape[1] // call.key.shape[1]
     soft = weights(call, kept_by_threshold)
     query, grad_output = call.query.to(soft.dtype), grad_output.to(soft.dtype)
-    key, value = (t.to(soft.dtype).repeat_interleave(groups, dim=1) for t in (call.key, call.value))
+    key, value = (t.to(soft.dtype).repeat_interleave(call.groups, dim=1) for t in (call.key, call.value))
     grad_soft = torch.einsum("bhnd,bhmd->bhnm", grad_output, value)
     grad_logits = soft * (grad_soft - (soft * grad_soft).sum(dim=-1, keepdim=True))
     grad_query = torch.einsum("bhnm,bhmd->bhnd", grad_logits, key) * call.scale
     grad_key = torch.einsum("bhnm,bhnd->bhmd", grad_logits, query) * call.scale
     grad_value = torch.einsum("bhnm,bhnd->bhmd", soft, grad_output)
-    grad_key, grad_value = (t.unflatten(1, (-1, groups)).sum(dim=2) for t in (grad_key, grad_value))
+    grad_key, grad_value = (t.unflatten(1, (-1, call.groups)).sum(dim=2) for t in (grad_key, grad_value))
     grad_mask = grad_logits.sum_to_size(call.attn_mask.shape) if mask_gradient and call.attn_mask is not None else None
     return grad_query, grad_key, grad_value, grad_mask
 

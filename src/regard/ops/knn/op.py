@@ -74,7 +74,6 @@ def _fake_backward(
     return grads[0], grads[1], grads[2], grad_mask
 
 
-@torch.library.impl("regard::knn_attention", "CompositeExplicitAutograd")
 def _pytorch_forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, topk: int, is_causal: bool, scale: float
 ) -> State:
@@ -83,7 +82,6 @@ def _pytorch_forward(
     return output, *state[1:]
 
 
-@torch.library.impl("regard::knn_attention_backward", "CompositeExplicitAutograd")
 def _pytorch_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -148,6 +146,9 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return *second[:4], mask_grad, *(None,) * 7
 
 
+# What a machine without the compiled kernels has in their place.
+torch.library.impl("regard::knn_attention", "CompositeExplicitAutograd", _pytorch_forward)
+torch.library.impl("regard::knn_attention_backward", "CompositeExplicitAutograd", _pytorch_backward)
 torch.library.register_autograd("regard::knn_attention", _gradient, setup_context=_setup)
 torch.library.register_autograd("regard::knn_attention_backward", _double_backward, setup_context=_setup_backward)
 

@@ -13,7 +13,7 @@ __all__ = ["knn_attention_reference", "kept_by_stable_sort", "logits", "weights"
 def logits(call: KNNCall) -> Tensor:
     """(B, H, N, M) scaled logits after bias and masks; hidden keys are -inf. Half types are raised to float32."""
     query, key = _compute(call.query), _compute(call.key)
-    key = key.repeat_interleave(call.query.shape[1] // key.shape[1], dim=1)
+    key = key.repeat_interleave(call.groups, dim=1)
     scores = torch.einsum("bhnd,bhmd->bhnm", query * call.scale, key)
     if call.attn_mask is not None:
         if call.attn_mask.dtype == torch.bool:
@@ -47,7 +47,7 @@ def knn_attention_reference(call: KNNCall, select: Callable[[Tensor, int], Tenso
     if call.dropout_p > 0.0:
         soft = torch.nn.functional.dropout(soft, call.dropout_p)
     value = _compute(call.value)
-    value = value.repeat_interleave(call.query.shape[1] // value.shape[1], dim=1)
+    value = value.repeat_interleave(call.groups, dim=1)
     return torch.einsum("bhnm,bhmd->bhnd", soft, value).to(call.query.dtype)
 
 
