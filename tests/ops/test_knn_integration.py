@@ -66,11 +66,14 @@ def test_compiles_to_one_graph_at_any_size(backend: str, topk: int | float) -> N
             torch.testing.assert_close(b.grad, a.grad)
 
 
-def test_compiling_the_slow_path_neither_breaks_the_graph_nor_fails() -> None:
+def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
     torch._dynamo.reset()
+    _dispatch._said.clear()
     compiled = torch.compile(lambda *t: knn_attention(*t, topk=5), fullgraph=True, backend="aot_eager")
     tensors = [t.double() for t in inputs(Shape(), exact=False)]
-    torch.testing.assert_close(compiled(*tensors), knn_attention(*tensors, topk=5))
+    with pytest.warns(SlowPathWarning, match="float64"):
+        output = compiled(*tensors)
+    torch.testing.assert_close(output, knn_attention(*tensors, topk=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -94,21 +94,22 @@ class Operator:
 
     def run(self, call: Any) -> Tensor:
         backend, refusals = self.choose(call)
-        if backend.is_slow_path and refusals and _only is None and not torch.compiler.is_compiling():
-            self._say_once(backend.name, refusals)
+        if backend.is_slow_path and refusals and _only is None:
+            told = "; ".join(f"{name} refuses: {reason}" for name, reason in refusals)
+            _say_once(self.name, backend.name, told)
         return backend.run(call)
 
-    def _say_once(self, chosen: str, refusals: list[tuple[str, str]]) -> None:
-        told = "; ".join(f"{name} refuses: {reason}" for name, reason in refusals)
-        if (self.name, told) in _said:
-            return
-        _said.add((self.name, told))
-        warnings.warn(
-            f"regard: {self.name} runs on its slow path ({chosen}). {told}. "
-            "This is said once; regard.explain tells more.",
-            SlowPathWarning,
-            stacklevel=4,
-        )
+
+@torch.compiler.assume_constant_result  # a compiled call says it while it is traced
+def _say_once(operator: str, chosen: str, told: str) -> None:
+    if (operator, told) in _said:
+        return
+    _said.add((operator, told))
+    warnings.warn(
+        f"regard: {operator} runs on its slow path ({chosen}). {told}. This is said once; regard.explain tells more.",
+        SlowPathWarning,
+        stacklevel=5,
+    )
 
 
 def explain(operator: Callable[..., Tensor] | str, *args: Any, **kwargs: Any) -> Explanation:
