@@ -80,6 +80,7 @@ def test_figures_are_xml_and_follow_the_theme(comparison):
 def test_text_from_outside_is_escaped(comparison):
     comparison.settings["data"] = "<script>alert(1)</script>"
     comparison.maps[0].label = "<b>Coat & Co</b>"
+    comparison.maps[3].label = comparison.maps[4].prediction = r"$\frac{ $"
     page = render_page(comparison)
     assert "<script" not in page and "<b>Coat" not in page
 

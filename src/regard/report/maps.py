@@ -53,7 +53,7 @@ def draw_query(axes: Axes, one: AttentionMap) -> None:
     axes.imshow(pixels, interpolation="none", extent=_extent(one))
     _frame_query(axes, one)
     _bare(axes)
-    axes.set_xlabel(one.label, fontsize=9)
+    axes.set_xlabel(_short(one.label), fontsize=9)
 
 
 def draw_map(axes: Axes, one: AttentionMap, peak: float) -> None:
@@ -66,8 +66,12 @@ def draw_map(axes: Axes, one: AttentionMap, peak: float) -> None:
     axes.imshow(shades, interpolation="none", extent=_extent(one))
     _frame_query(axes, one)
     _bare(axes)
-    wrong = "" if one.prediction == one.label else f"\nsays {one.prediction}"
+    wrong = "" if one.prediction == one.label else f"\nsays {_short(one.prediction)}"
     axes.set_xlabel(f"half on {_half(weights)} of {weights.size}{wrong}", fontsize=8.5, color=MUTED)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else name[:19] + "…"
 
 
 def _half(weights: np.ndarray) -> int:

@@ -59,6 +59,8 @@ _RC: dict[Any, Any] = {
     "axes.facecolor": "none",
     "axes.axisbelow": True,
     "text.color": INK,
+    # Class names are texts from outside: a dollar sign in them is no formula.
+    "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.major.width": 0.7,
