@@ -88,3 +88,13 @@ def test_peak_memory_is_that_of_the_largest_size_and_the_longest_direction(compa
     largest = [p for p in comparison.costs if p.tokens == 3136 and p.direction == "forward+backward"]
     expected = next(p.peak_memory for p in largest if p.mechanism == "knn(topk=0.5)")
     assert of(comparison, "knn(topk=0.5)").peak_memory == expected
+
+
+def test_a_size_measured_in_one_direction_alone_is_not_the_largest(comparison):
+    comparison.costs = [p for p in comparison.costs if (p.direction, p.tokens) != ("forward+backward", 3136)]
+    assert summary.largest_size(comparison.costs) == 1600
+    expected = [
+        p for p in comparison.costs if (p.mechanism, p.direction, p.tokens) == ("dense", "forward+backward", 1600)
+    ]
+    assert of(comparison, "dense").peak_memory == expected[0].peak_memory
+    assert summary.largest_size([]) == 0

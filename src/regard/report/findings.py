@@ -29,9 +29,8 @@ def findings(comparison: Comparison) -> list[str]:
 
 def crossings(comparison: Comparison) -> list[str]:
     """Every crossover as a sentence."""
-    baseline = baseline_of(comparison)
     return [
-        f"{one.direction.replace('+', ' + ').capitalize()}: {_crossing(one, baseline)}."
+        f"{one.direction.replace('+', ' + ').capitalize()}: {_crossing(one, comparison)}."
         for one in comparison.crossovers
     ]
 
@@ -90,16 +89,24 @@ def _cost_sentence(comparison: Comparison) -> str:
     crossings = [one for one in comparison.crossovers if one.direction == "forward+backward"] or comparison.crossovers
     if not crossings:
         return ""
-    baseline = baseline_of(comparison)
     what = crossings[0].direction.replace("+", " + ")
-    return f"Operator, {what}: {_join([_crossing(one, baseline) for one in crossings])}."
+    return f"Operator, {what}: {_join([_crossing(one, comparison) for one in crossings])}."
 
 
-def _crossing(one: Crossover, baseline: str) -> str:
-    if one.always:
+def _crossing(one: Crossover, comparison: Comparison) -> str:
+    """The crossover is one of medians; what the quartiles do not tell apart is not called faster."""
+    baseline = baseline_of(comparison)
+    speeds = next((found.speed for found in summarise(comparison) if found.mechanism == one.mechanism), {})
+    here = {tokens: ratio for (direction, tokens), ratio in speeds.items() if direction == one.direction}
+    faster = [tokens for tokens, ratio in sorted(here.items()) if ratio.shown and ratio.value > 1]
+    if one.always and len(faster) == len(here):
         return f"{one.mechanism} is faster than {baseline} at every size measured"
+    if one.always and faster:
+        return f"{one.mechanism} is nowhere slower than {baseline}, and clearly faster from {faster[0]:,} tokens"
+    if one.always:
+        return f"{one.mechanism} is level with {baseline}"
     if one.tokens is None:
-        return f"{one.mechanism} is not faster than {baseline} at any size measured"
+        return f"{one.mechanism} is not faster than {baseline} at the largest size measured"
     return f"{one.mechanism} overtakes {baseline} from about {wording.number(one.tokens)} tokens"
 
 

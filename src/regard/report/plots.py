@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from regard.report import wording
 from regard.report.style import MUTED, Styles, label_ends, label_marks, looks, new_figure, quiet
-from regard.report.summary import baseline_of, mechanisms_of, summarise
+from regard.report.summary import baseline_of, largest_size, mechanisms_of, summarise
 from regard.results import Comparison, CostPoint, EpochRecord, TrainingRun
 
 __all__ = ["accuracy_over_epochs", "accuracy_over_seconds", "cost_accuracy", "operator_memory", "operator_time"]
@@ -90,7 +90,7 @@ def cost_accuracy(comparison: Comparison, *, operator: bool = False) -> Figure |
     """
     summaries = [one for one in summarise(comparison) if one.accuracy is not None]
     costs = _operator_cost(comparison) if operator else None
-    tokens = max((point.tokens for point in comparison.costs), default=0)
+    tokens = largest_size(comparison.costs)
     styles = looks(comparison)
     marks = []
     for one in summaries:
@@ -136,11 +136,11 @@ def cost_accuracy(comparison: Comparison, *, operator: bool = False) -> Figure |
 
 
 def _operator_cost(comparison: Comparison) -> dict[str, tuple[float, float, float]]:
-    sizes = [point.tokens for point in comparison.costs if point.direction == "forward+backward"]
+    size = largest_size(comparison.costs)
     return {
         point.mechanism: (point.seconds_low, point.seconds, point.seconds_high)
         for point in comparison.costs
-        if sizes and point.direction == "forward+backward" and point.tokens == max(sizes)
+        if point.direction == "forward+backward" and point.tokens == size
     }
 
 

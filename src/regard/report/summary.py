@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from regard.results import Comparison, CostPoint, TrainingRun
 
-__all__ = ["DIRECTIONS", "Difference", "Ratio", "Summary", "baseline_of", "mechanisms_of", "summarise", "t_quantile"]
+__all__ = [
+    "DIRECTIONS",
+    "Difference",
+    "Ratio",
+    "Summary",
+    "baseline_of",
+    "largest_size",
+    "mechanisms_of",
+    "summarise",
+    "t_quantile",
+]
 
 DIRECTIONS = ("forward", "forward+backward")
 
@@ -65,7 +75,7 @@ class Summary:
     test_images_per_second: float | None
     parameters: int | None
     forward_flops: int | None
-    peak_memory: int | None  # bytes, operator, forward + backward if measured, at the largest size
+    peak_memory: int | None  # bytes, operator, forward + backward, at the largest size
     speed: dict[tuple[str, int], Ratio]  # by direction and tokens; empty for the baseline
     failure: str = ""
 
@@ -149,12 +159,16 @@ def _difference(comparison: Comparison, mechanism: str, baseline: str) -> Differ
     return Difference(statistics.fmean(differences), half, count)
 
 
+def largest_size(costs: list[CostPoint]) -> int:
+    """The most tokens that every direction was measured at (a short budget drops large sizes); 0 without costs."""
+    sizes = [{point.tokens for point in costs if point.direction == one} for one in {p.direction for p in costs}]
+    return max(set.intersection(*sizes), default=0) if sizes else 0
+
+
 def _peak_memory(costs: list[CostPoint], mechanism: str) -> int | None:
-    measured = [point for point in costs if point.mechanism == mechanism and point.peak_memory is not None]
-    if not measured:
-        return None
-    largest = max(measured, key=lambda point: (point.tokens, DIRECTIONS.index(point.direction)))
-    return largest.peak_memory
+    size = largest_size(costs)
+    found = {p.direction: p.peak_memory for p in costs if p.mechanism == mechanism and p.tokens == size}
+    return found.get(DIRECTIONS[-1])
 
 
 def _speed(costs: list[CostPoint], mechanism: str, baseline: str) -> dict[tuple[str, int], Ratio]:

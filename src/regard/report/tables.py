@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from regard.report import wording
-from regard.report.summary import DIRECTIONS, Summary, baseline_of, summarise
+from regard.report.summary import DIRECTIONS, Summary, baseline_of, largest_size, summarise
 from regard.results import Comparison
 
 __all__ = ["Cell", "Column", "Table", "operator_table", "summary_table", "terminal_table"]
@@ -69,7 +69,7 @@ def summary_table(comparison: Comparison) -> Table:
         Column("forward", "MFLOPs", model),
         Column("weights", "", model),
     ]
-    tokens = max((point.tokens for point in comparison.costs), default=0)
+    tokens = largest_size(comparison.costs)
     if tokens:
         operator = f"Operator, {tokens:,} tokens"
         columns += [
@@ -112,7 +112,7 @@ def operator_table(comparison: Comparison, sizes: Sequence[int] | None = None) -
     ]
     has_memory = any(point.peak_memory is not None for point in comparison.costs)
     if has_memory:
-        columns.append(Column("fwd + bwd", f"at {measured[-1]:,}", "Peak memory"))
+        columns.append(Column("fwd + bwd", f"at {largest_size(comparison.costs):,}", "Peak memory"))
     times = {(point.mechanism, point.direction, point.tokens): point.seconds for point in comparison.costs}
     table = Table(columns)
     for one in summarise(comparison):
@@ -133,8 +133,8 @@ def terminal_table(comparison: Comparison) -> Group:
     model_columns = sum(not column.group.startswith("Operator") for column in summary.columns)
     parts = [_rich(Table(summary.columns[:model_columns], [row[:model_columns] for row in summary.rows]))]
     if comparison.costs:
-        sizes = sorted({point.tokens for point in comparison.costs})
-        parts.append(_rich(operator_table(comparison, sizes=(sizes[0], sizes[-1])), title="The operator alone"))
+        sizes = (min(point.tokens for point in comparison.costs), largest_size(comparison.costs))
+        parts.append(_rich(operator_table(comparison, sizes=sizes), title="The operator alone"))
     return Group(*parts)
 
 
