@@ -2,8 +2,8 @@
 
     python benchmarks/knn.py --markdown docs/benchmarks-knn.md
 
-Takes a few minutes on two cores; `--quick` is shorter, with few rounds. Each row is gated first: while its correctness
-gate is red it shows no ratio. Queries, keys and values are standard normal. Those of a trained model differ: measure your
+Takes a few minutes on two cores; `--quick` less. Each row is gated first: while its correctness
+gate is red it shows no ratio. Queries, keys and values are standard normal. A trained model differs: measure your
 own model too before you rely on a ratio.
 """
 
