@@ -1,8 +1,8 @@
 """Builds the C++ kernels during `pip install`. Everything else about the package is in pyproject.toml.
 
-The library is compiled against torch's stable ABI, so one binary serves every torch >= 2.11. Where it cannot be built (no
-compiler, one too old) the install goes on, and regard computes on its PyTorch path, which it says at first use. With
-REGARD_REQUIRE_KERNELS=1 in the environment the install fails instead.
+The library is compiled against torch's stable ABI, so one binary serves every torch >= 2.11. Where it cannot be built
+(no compiler, one too old) the install goes on, and regard computes on its PyTorch path, which it says at first use.
+With REGARD_REQUIRE_KERNELS=1 in the environment the install fails instead.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+NAME = "regard._C"
 CSRC = Path("src/regard/csrc")
 INPLACE = Path("src/regard/_C.so")  # where an editable install has the library
 
@@ -41,14 +42,21 @@ def options():
             super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True})
 
         def build_extensions(self):
+            self.attempt(super().build_extensions)
+
+        def build_extension(self, extension):
+            self.attempt(super().build_extension, extension)
+
+        def attempt(self, build, *arguments):
             try:
-                super().build_extensions()
-            except Exception as error:  # torch raises several kinds where there is no compiler, or a wrong one
+                build(*arguments)
+            except Exception as error:  # of many kinds: no compiler, a wrong one, one that fails
                 tell_failure(error)
-                INPLACE.unlink(missing_ok=True)  # a stale library must not pass for the new one
+                for stale in (INPLACE, Path(self.get_ext_fullpath(NAME))):  # must not pass for the new one
+                    stale.unlink(missing_ok=True)
 
     kernels = CppExtension(
-        "regard._C",
+        NAME,
         sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
         include_dirs=[str(CSRC.resolve())],
         depends=sorted(str(path) for path in CSRC.glob("*.h")),
