@@ -90,7 +90,7 @@ def _cost_sentence(comparison: Comparison) -> str:
     if not crossings:
         return ""
     what = crossings[0].direction.replace("+", " + ")
-    return f"Operator, {what}: {_join([_crossing(one, comparison) for one in crossings])}."
+    return f"Operator, {what}: {'; '.join(_crossing(one, comparison) for one in crossings)}."
 
 
 def _crossing(one: Crossover, comparison: Comparison) -> str:
