@@ -72,11 +72,12 @@ class CompareProgress:
         self._note()
         self.say(f"[{self._runs_done}/{self._runs}] {text}")
 
-    def start_part(self, name: str, total: float | None) -> None:
-        """A part without epochs starts: the operators, the maps, the page."""
-        self._bars.reset(self._one, total=total, visible=True, description=name, note="")
+    def start_part(self, name: str) -> None:
+        """A part without epochs starts."""
+        self._bars.reset(self._one, total=1.0, visible=True, description=name, note="")
 
-    def advance_part(self, completed: float, note: str = "") -> None:
+    def advance_part(self, completed: float, note: str) -> None:
+        """The part at hand is `completed` (0 to 1) of the way."""
         self._bars.update(self._one, completed=completed, note=note)
 
     def _note(self) -> None:

@@ -28,7 +28,7 @@ class CompareSettings:
 
     Args:
         mechanisms: A mechanism in text form, such as 'knn(topk=0.5)'; give it once for each.
-        data: 'embedded' (8,000 Fashion-MNIST images), an image folder, or a timm data-set string such as 'torch/cifar10'.
+        data: 'embedded' (8,000 Fashion-MNIST images), an image folder, or a timm data-set string ('torch/cifar10').
         model: The model that every mechanism is put into.
         epochs: Epochs of each run; the recipe's own number if not given.
         seeds: Runs of each mechanism, from seeds 0, 1, 2 ...
