@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from knn_cases import LAYOUTS, Shape, call_of, in_float64, inputs, term_sizes, within_budget, yardsticks
-from test_knn_forward import problems
+from test_knn_forward import needs_kernels, problems
 
 from regard import knn_attention
 from regard.ops.knn.eager import gradients
@@ -166,6 +166,7 @@ def test_second_derivative_through_the_kernel() -> None:
         torch.testing.assert_close(ours.double(), want, rtol=1e-3, atol=1e-4)
 
 
+@needs_kernels
 def test_saved_state_is_linear_in_the_number_of_tokens() -> None:
     saved = []
 

@@ -252,6 +252,7 @@ def test_any_leading_dimensions(lead: tuple[int, ...]) -> None:
     assert torch.equal(ours.reshape(want.shape), want)
 
 
+@needs_kernels
 def test_output_joins_heads_without_a_copy() -> None:
     query, key, value = inputs(Shape())
     joined = knn_attention(query, key, value, topk=5).transpose(1, 2)

@@ -8,7 +8,7 @@
 #define REGARD_X86 0
 #endif
 
-#define REGARD_PRAGMA(text) _Pragma(#text)
+#define REGARD_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
 #define REGARD_TARGET_BEGIN(isa) REGARD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define REGARD_TARGET_END REGARD_PRAGMA(clang attribute pop)
