@@ -24,6 +24,7 @@ _EXPORTS = {
     "KNNAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "compare": "regard.studies",
+    "CompareSettings": "regard.studies",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from regard.ops import explain as explain
     from regard.ops import knn_attention as knn_attention
     from regard.specs import Mechanism as Mechanism
+    from regard.studies import CompareSettings as CompareSettings
     from regard.studies import compare as compare
 
 
