@@ -12,18 +12,16 @@ from regard.specs import Mechanism
 
 __all__ = ["build_model"]
 
-_GRID = 14  # 196 tokens
+_GRID = 9  # the least number of tokens a side: 81 on the embedded images, so that a run takes seconds
 _SMALL: dict[str, dict[str, Any]] = {
-    "vit": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0},
+    "vit": {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
 }
 
 
 class ConvStem(nn.Module):
     """Two convolutions in place of the patch embedding (after arXiv 2106.14881): (B, C, S, S) -> (B, N, D)."""
 
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
-    ) -> None:
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
         super().__init__()
         width = embed_dim // 2
         side = (img_size + 2 * (patch_size // 2) - patch_size - 1) // patch_size + 1
@@ -34,7 +32,9 @@ class ConvStem(nn.Module):
             nn.Conv2d(in_chans, width, patch_size + 1, stride=patch_size, padding=patch_size // 2, bias=False),
             nn.BatchNorm2d(width),
             nn.GELU(),
-            nn.Conv2d(width, embed_dim, 3, padding=1, bias=bias),
+            nn.Conv2d(width, embed_dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(embed_dim),
+            nn.GELU(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def build_model(model: str, mechanism: Mechanism, data: ImageData) -> nn.Module:
     """A model with the mechanism in every block, for the images and classes of `data`.
 
     Args:
-        model: `vit` (64 channels, 3 blocks, 2 heads, convolutional stem, about 14 x 14 tokens, no class token,
+        model: `vit` (64 channels, 2 blocks, 2 heads, convolutional stem, about 9 x 9 tokens, no class token,
             average pool), or a vision transformer of timm that takes `attn_layer`.
 
     Raises:
