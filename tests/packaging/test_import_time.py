@@ -38,3 +38,13 @@ def test_import_costs_little_beyond_torchs(statement):
 def test_import_alone_loads_no_torch():
     check = "import sys, regard; sys.exit(1 if 'torch' in sys.modules else 0)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_the_operators_leave_torchs_compiler_unloaded():
+    """torch._dynamo takes a second to import; a decorator of torch.compiler is enough to load it."""
+    check = "import sys, torch; {} sys.exit('torch._dynamo' in sys.modules)"
+    codes = [
+        subprocess.run([sys.executable, "-c", check.format(statement)], check=False).returncode
+        for statement in ("", "import regard; regard.knn_attention;")
+    ]
+    assert codes == [0, 0], "torch alone, then regard's operators: 1 where torch._dynamo was loaded"

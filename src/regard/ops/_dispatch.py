@@ -8,7 +8,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,23 @@ __all__ = [
     "Operator",
     "Refusal",
     "SlowPathWarning",
+    "constant_when_traced",
     "explain",
     "functorch_active",
     "only_backend",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """Let torch.compile call `function` while it traces, and take the result for a constant.
+
+    What torch.compiler.assume_constant_result does; but that imports torch._dynamo, which takes a second. The mark is
+    the same in torch 2.11 and 2.15; without it a compiled call breaks its graph here.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class SlowPathWarning(UserWarning):
@@ -100,7 +113,7 @@ class Operator:
         return backend.run(call)
 
 
-@torch.compiler.assume_constant_result  # a compiled call says it while it is traced
+@constant_when_traced  # a compiled call says it while it is traced
 def _say_once(operator: str, chosen: str, told: str) -> None:
     if (operator, told) in _said:
         return

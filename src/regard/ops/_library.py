@@ -5,7 +5,6 @@ Two environment variables are for tests: `REGARD_KERNELS` names another library 
 """
 
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,14 +12,20 @@ import torch
 __all__ = ["instruction_set", "load", "problem"]
 
 
-@torch.compiler.assume_constant_result
+# None until the kernels were looked for. The operators look when they are imported, so a compiled call finds text here,
+# which torch.compile takes for a constant.
+_problem: str | None = None
+
+
 def problem() -> str:
     """Why the C++ kernels are not here; empty if they are loaded."""
-    return _problem()
+    global _problem
+    if _problem is None:
+        _problem = _look_and_load()
+    return _problem
 
 
-@cache
-def _problem() -> str:
+def _look_and_load() -> str:
     asked = os.environ.get("REGARD_KERNELS")
     found = [Path(asked)] if asked else sorted(Path(__file__).resolve().parents[1].glob("_C*.so"))
     if not found:

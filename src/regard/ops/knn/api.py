@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from regard.ops._dispatch import Operator
+from regard.ops._dispatch import Operator, constant_when_traced
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.cpu import CPUBackend
 from regard.ops.knn.eager import PyTorchBackend
@@ -96,7 +96,7 @@ def _bind(
     if scale is not None and not isinstance(scale, numbers.Real | torch.SymFloat):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         lower = torch.get_autocast_dtype(device)
         query, key, value = query.to(lower), key.to(lower), value.to(lower)
     lead = tuple(query.shape[:-3])
@@ -107,6 +107,11 @@ def _bind(
         scale = query.shape[-1] ** -0.5
     kept = keys_kept(topk, key.shape[2])
     return KNNCall(query, key, value, mask, kept, float(dropout_p), bool(is_causal), float(scale)), lead
+
+
+@constant_when_traced  # torch 2.11's Dynamo cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
