@@ -13,22 +13,52 @@ static REGARD_INLINE float dot(const float* a, const float* b, int64_t n) {
   return Vec::sum(Vec::add(even, odd));
 }
 
-// What the backward needs of one key head, and where it collects: rows of floats, padded to whole vectors.
+// What the backward needs of one key head: rows of floats, padded to whole vectors.
 struct HeadMemory {
-  float *panels, *keys, *values, *grad_keys, *grad_values, *rows;
+  float *panels, *keys, *values, *rows;
 
   static int64_t floats(const KnnProblem& p, const Layout& l) {
-    return l.keys_padded * (p.dim + 2 * l.dim_padded + 2 * l.value_padded) + NR * l.dim_padded + 6 * 16;
+    return l.keys_padded * (p.dim + l.dim_padded + l.value_padded) + NR * l.dim_padded + 4 * 16;
   }
   HeadMemory(const KnnProblem& p, const Layout& l, Scratch& scratch)
       : panels(scratch.take(l.keys_padded * p.dim)), keys(scratch.take(l.keys_padded * l.dim_padded)),
-        values(scratch.take(l.keys_padded * l.value_padded)), grad_keys(scratch.take(l.keys_padded * l.dim_padded)),
-        grad_values(scratch.take(l.keys_padded * l.value_padded)), rows(scratch.take(NR * l.dim_padded)) {}
+        values(scratch.take(l.keys_padded * l.value_padded)), rows(scratch.take(NR * l.dim_padded)) {}
   void load(const KnnProblem& p, const Layout& l, int64_t batch, int64_t key_head) {
     pack_panels(p.key, batch, key_head, p.keys, p.dim, rows, panels);
     pack_rows(p.key, batch, key_head, p.keys, p.dim, l.dim_padded, keys);
     pack_rows(p.value, batch, key_head, p.keys, p.value_dim, l.value_padded, values);
   }
+};
+
+// Gradients of a key head's keys and values, summed over the query rows: short sums over a run of rows, then the sum of
+// those, since a key that thousands of queries keep would lose digits in one long chain.
+class HeadGradients {
+ public:
+  static constexpr int64_t kRun = 256;  // query rows in a short sum
+
+  static int64_t floats(const KnnProblem& p, const Layout& l) { return 2 * (size(p, l) + 16); }
+  HeadGradients(const KnnProblem& p, const Layout& l, Scratch& scratch)
+      : keys(scratch.take(size(p, l))), values(keys + p.keys * l.dim_padded), size_(size(p, l)),
+        totals_(scratch.take(size_)) {}
+  void clear() {
+    __builtin_memset(keys, 0, size_ * sizeof(float));
+    __builtin_memset(totals_, 0, size_ * sizeof(float));
+  }
+  // Ends a run of rows.
+  const float* flush() {
+    for (int64_t i = 0; i < size_; i += W) {
+      Vec::store(totals_ + i, Vec::add(Vec::load(totals_ + i), Vec::load(keys + i)));
+      Vec::store(keys + i, Vec::zero());
+    }
+    return totals_;
+  }
+
+  float *keys, *values;
+
+ private:
+  static int64_t size(const KnnProblem& p, const Layout& l) { return p.keys * (l.dim_padded + l.value_padded); }
+  const int64_t size_;
+  float* totals_;
 };
 
 // Selects a tile's kept keys again and gives their weights and the gradients of their logits.
@@ -137,8 +167,8 @@ static REGARD_INLINE void scatter(
 }
 
 static void backward_tile(
-    const KnnProblem& p, const KnnGradients& grads, const Layout& l, BackwardTile& back, HeadMemory& memory,
-    float* grad_query, int64_t batch, int64_t head, int64_t first, int64_t count) {
+    const KnnProblem& p, const KnnGradients& grads, const Layout& l, BackwardTile& back,
+    const HeadMemory& memory, HeadGradients& sums, float* grad_query, int64_t batch, int64_t head, int64_t first, int64_t count) {
   back.select(batch, head, first, count, memory);
   __builtin_memset(grad_query, 0, count * l.dim_padded * sizeof(float));
   const int64_t columns = visible(p, first + count - 1);
@@ -146,7 +176,7 @@ static void backward_tile(
     back.differentiate_weights(r, begin, end, memory.values);
     by_channels(l.value_padded, [&](auto nv, int64_t c) {
       scatter<nv()>(back.tile.row(r), back.tile.row_indices(r), begin, end, back.grad_output + r * l.value_padded + c,
-                    memory.grad_values + c, l.value_padded);
+                    sums.values + c, l.value_padded);
     });
   });
   for (int64_t r = 0; r < count; ++r) back.differentiate_logits(r);
@@ -154,7 +184,7 @@ static void backward_tile(
     const int32_t* indices = back.tile.row_indices(r);
     const float* ds = back.grad_logits + r * l.ld;
     by_channels(l.dim_padded, [&](auto nv, int64_t c) {
-      scatter<nv()>(ds, indices, begin, end, back.tile.q_rows + r * l.dim_padded + c, memory.grad_keys + c, l.dim_padded);
+      scatter<nv()>(ds, indices, begin, end, back.tile.q_rows + r * l.dim_padded + c, sums.keys + c, l.dim_padded);
       gather<nv()>(ds, indices, begin, end, memory.keys + c, l.dim_padded, grad_query + r * l.dim_padded + c);
     });
   });
@@ -164,11 +194,12 @@ static void backward_tile(
   }
 }
 
-static void store_head(
-    const KnnProblem& p, const KnnGradients& grads, const Layout& l, const KnnUnit& u, const float* keys, const float* values) {
+// `sums` holds the keys' rows, then the values'.
+static void store_head(const KnnProblem& p, const KnnGradients& grads, const Layout& l, const KnnUnit& u, const float* sums) {
+  const Tensor4 &gk = grads.grad_key, &gv = grads.grad_value;
+  const float* values = sums + p.keys * l.dim_padded;
   for (int64_t m = 0; m < p.keys; ++m) {
-    const Tensor4 &gk = grads.grad_key, &gv = grads.grad_value;
-    store_row(const_cast<char*>(at(gk, u.batch, u.key_head, m)), gk.stride[3], gk.dtype, p.dim, 1.0f, keys + m * l.dim_padded);
+    store_row(const_cast<char*>(at(gk, u.batch, u.key_head, m)), gk.stride[3], gk.dtype, p.dim, 1.0f, sums + m * l.dim_padded);
     store_row(const_cast<char*>(at(gv, u.batch, u.key_head, m)), gv.stride[3], gv.dtype, p.value_dim, 1.0f,
               values + m * l.value_padded);
   }
@@ -182,25 +213,32 @@ static int64_t partial_size(const KnnProblem& p) {
 static void backward(
     const KnnProblem& p, const KnnGradients& grads, const KnnUnit* units, int64_t count, float* partial) {
   const Layout l(p);
-  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + l.rows * l.dim_padded + 256);
+  Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + HeadGradients::floats(p, l) +
+                  l.rows * l.dim_padded + 256);
   BackwardTile back(p, grads, l, scratch);
   HeadMemory memory(p, l, scratch);
+  HeadGradients sums(p, l, scratch);
   float* grad_query = scratch.take(l.rows * l.dim_padded);
   const int64_t group = p.heads / p.key_heads;
   for (const KnnUnit* u = units; u < units + count; ++u) {
     memory.load(p, l, u->batch, u->key_head);
-    __builtin_memset(memory.grad_keys, 0, p.keys * l.dim_padded * sizeof(float));
-    __builtin_memset(memory.grad_values, 0, p.keys * l.value_padded * sizeof(float));
+    sums.clear();
+    int64_t run = 0;
     for (int64_t g = 0; g < group; ++g)
-      for (int64_t n = u->row_begin; n < u->row_end; n += l.rows)
-        backward_tile(p, grads, l, back, memory, grad_query, u->batch, u->key_head * group + g, n,
-                      smaller(l.rows, u->row_end - n));
+      for (int64_t n = u->row_begin; n < u->row_end; n += l.rows) {
+        const int64_t here = smaller(l.rows, u->row_end - n);
+        backward_tile(p, grads, l, back, memory, sums, grad_query, u->batch, u->key_head * group + g, n, here);
+        if ((run += here) >= HeadGradients::kRun) {
+          sums.flush();
+          run = 0;
+        }
+      }
+    const float* totals = sums.flush();
     if (partial == nullptr) {
-      store_head(p, grads, l, *u, memory.grad_keys, memory.grad_values);
+      store_head(p, grads, l, *u, totals);
     } else {
-      float* sums = partial + (u - units) * partial_size(p);
-      __builtin_memcpy(sums, memory.grad_keys, p.keys * l.dim_padded * sizeof(float));
-      __builtin_memcpy(sums + p.keys * l.dim_padded, memory.grad_values, p.keys * l.value_padded * sizeof(float));
+      const int64_t size = partial_size(p);
+      __builtin_memcpy(partial + (u - units) * size, totals, size * sizeof(float));
     }
   }
 }
@@ -211,7 +249,7 @@ static void reduce(const KnnProblem& p, const KnnGradients& grads, const KnnUnit
   const int64_t size = partial_size(p);
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
-  store_head(p, grads, l, unit, partial, partial + p.keys * l.dim_padded);
+  store_head(p, grads, l, unit, partial);
 }
 
 // A float mask's gradient. One call owns mask rows [row_begin, row_end) of mask batch b and head h and visits all that the
