@@ -170,5 +170,4 @@ def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
     ]
     if call.attn_mask is None or not call.attn_mask.is_floating_point():
         return [*sizes, None]
-    # A mask's gradient is such a sum of terms itself, each rounded twice: the difference and its product with the weight.
-    return [*sizes, 2.0 * grad_logits.sum_to_size(call.attn_mask.shape)]
+    return [*sizes, grad_logits.sum_to_size(call.attn_mask.shape)]
