@@ -43,12 +43,13 @@ def train(
         on_epoch: called after each epoch with its record. on_step: called with the step's number and its loss.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite. ValueError: the device or the model cannot be used.
+        FloatingPointError: the loss or the model's output became NaN or infinite. ValueError: the device, the model or
+            the recipe's optimizer cannot be used.
     """
     recipe = recipe or Recipe()
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(1, device=place).item()  # a meta device holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from error
     accelerators = list(range(torch.cuda.device_count())) if place.type == "cuda" else []
@@ -81,13 +82,17 @@ def _run(
     on_epoch: Callable[[EpochRecord], None] | None,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
+    try:
+        optimizer = create_optimizer_v2(
+            net, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+    except ValueError as error:
+        raise ValueError(f"optimizer: timm cannot make {recipe.optimizer!r}: {error}") from error
     device = next(net.parameters()).device
     images = len(data.train_labels)
     starts = range(0, images, recipe.batch_size)
     steps = recipe.epochs * len(starts)
-    optimizer = create_optimizer_v2(net, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    warmup = int(recipe.warmup * steps)
-    schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=warmup, warmup_prefix=False, t_in_epochs=False)
+    schedule = _schedule(optimizer, recipe, steps)
     step, seconds = 0, 0.0
     for epoch in range(1, recipe.epochs + 1):
         net.train()
@@ -110,7 +115,10 @@ def _run(
                 on_step(step, value)
         seconds += time.perf_counter() - begin
         begin = time.perf_counter()
-        run.test_correct = _evaluate(net, data, device)
+        try:
+            run.test_correct = _evaluate(net, data, device)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{run.mechanism}, seed {run.seed}: {error} after epoch {epoch}") from None
         run.test_images_per_second = len(run.test_correct) / (time.perf_counter() - begin)
         run.train_images_per_second = images * epoch / seconds
         accuracy = sum(run.test_correct) / len(run.test_correct)
@@ -118,6 +126,15 @@ def _run(
         if on_epoch is not None:
             on_epoch(run.epochs[-1])
     run.finished = True
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine that starts at the peak. No step has rate 0: its batch would be wasted."""
+    warmup = int(recipe.warmup * steps)
+    return CosineLRScheduler(
+        optimizer, t_initial=steps - warmup, warmup_t=warmup, warmup_lr_init=recipe.learning_rate / (warmup + 1),
+        warmup_prefix=True, t_in_epochs=False,
+    )  # fmt: skip
 
 
 def _augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -139,5 +156,8 @@ def _evaluate(net: nn.Module, data: ImageData, device: torch.device) -> list[boo
     net.eval()
     found: list[bool] = []
     for images, labels in zip(data.test_images.split(_EVAL_BATCH), data.test_labels.split(_EVAL_BATCH), strict=True):
-        found += (net(data.normalise(images).to(device)).argmax(dim=-1).cpu() == labels).tolist()
+        logits = net(data.normalise(images).to(device))
+        if not torch.isfinite(logits).all():  # the arg-max of NaN would count as class 0
+            raise FloatingPointError("the output on test images is NaN or infinite")
+        found += (logits.argmax(dim=-1).cpu() == labels).tolist()
     return found

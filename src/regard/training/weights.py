@@ -11,8 +11,12 @@ __all__ = ["load_weights", "save_weights"]
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state_dict as safetensors, whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, str(temporary))
-    temporary.replace(path)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    try:
+        save_file(tensors, str(temporary))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
