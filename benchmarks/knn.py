@@ -1,6 +1,6 @@
-"""k-NN attention beside dense attention and the published formulation: the table of docs/benchmarks-knn.md.
+"""k-NN attention beside dense attention and the published formulation: the table of docs/benchmarks.md.
 
-    python benchmarks/knn.py --markdown docs/benchmarks-knn.md
+    python benchmarks/knn.py --markdown docs/benchmarks.md
 
 Takes a few minutes on two cores; `--quick` less. Each row is gated first: while its correctness
 gate is red it shows no ratio. Queries, keys and values are standard normal. A trained model differs: measure your

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regard.ops import _library
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.reference import kept_by_stable_sort, knn_attention_reference, logits, weights
+
+# The baseline instruction set rounds a product and its sum, where eager PyTorch on the same machine may fuse them.
+ROUNDINGS = 2.0 if _library.instruction_set() == "plain" else 1.0
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -148,9 +152,8 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
     error, *others = ((t.double() - exact).abs().max().item() for t in (ours, *eager))
     size = exact if terms is None else terms
     floor = torch.finfo(ours.dtype).eps * size.abs().max().item()
-    assert error <= max(*(2.0 * other for other in others), floor), (
-        f"error {error:.3g}, eager {others}, floor {floor:.3g}"
-    )
+    budget = max(*(2.0 * other for other in others), floor) * ROUNDINGS
+    assert error <= budget, f"error {error:.3g}, eager {others}, floor {floor:.3g}"
 
 
 def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
