@@ -159,13 +159,14 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
 def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
     """How large the terms are that each gradient (query, key, value, mask) sums: the scale of its rounding.
 
-    A gradient may be a small difference of large terms; a bias that all keys of a row share even has none at all.
+    A gradient may be a small difference of large terms; a bias that all keys of a row share even has none at all. Each
+    term counts twice: its weight alone is rounded by the exponential, the sum and the division, half a unit each.
     """
     groups = call.query.shape[1] // call.key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (call.key, call.value))
-    soft = weights(call)
+    soft = 2.0 * weights(call)
     grad_soft = grad_output.abs() @ value.abs().transpose(-1, -2)
-    grad_logits = soft * (grad_soft + (soft * grad_soft).sum(dim=-1, keepdim=True))
+    grad_logits = soft * (grad_soft + (0.5 * soft * grad_soft).sum(dim=-1, keepdim=True))
     sizes = [
         grad_logits @ key.abs() * call.scale,
         (grad_logits.transpose(-1, -2) @ call.query.abs() * call.scale).unflatten(1, (-1, groups)).sum(dim=2),

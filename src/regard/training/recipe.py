@@ -12,7 +12,7 @@ class Recipe:
     Args:
         epochs: passes over the training images. batch_size: images a step.
         optimizer: a name of timm's create_optimizer_v2. learning_rate: its peak. weight_decay: not on biases and norms.
-        warmup: share of the steps in which the rate rises from 0; a cosine takes it back to 0 after that.
+        warmup: share of the steps in which the rate rises to its peak; a cosine takes it down to almost 0 after that.
         label_smoothing: as in torch's cross_entropy.
         flip: mirror every other image. shift: largest shift of a batch in either direction, as a share of its side.
     """
