@@ -44,6 +44,7 @@ def q(*size: int, **kwargs) -> torch.Tensor:
         (q(2, 2, 5, 16), q(1, 2, 7, 16), q(1, 2, 7, 16), ValueError, ["key", "leading dimensions"]),
         (q(2, 2, 5, 16), q(3, 2, 2, 7, 16), q(3, 2, 2, 7, 16), ValueError, ["key", "leading dimensions"]),
         (q(2, 2, 5, 16), q(2, 2, 7, 16).double(), q(2, 2, 7, 16), TypeError, ["key", "float64"]),
+        (q(2, 2, 5, 16).to(torch.float8_e4m3fn), q(2, 2, 7, 16), q(2, 2, 7, 16), TypeError, ["query", "float8"]),
         (q(2, 2, 5, 16).int(), q(2, 2, 7, 16).int(), q(2, 2, 7, 16).int(), TypeError, ["query", "int32"]),
         (q(2, 2, 5, 16), q(2, 2, 7, 16, device="meta"), q(2, 2, 7, 16), ValueError, ["key", "meta"]),
         ([[1.0]], q(2, 2, 7, 16), q(2, 2, 7, 16), TypeError, ["query", "list"]),

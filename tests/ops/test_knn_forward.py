@@ -97,6 +97,7 @@ def test_mask_with_strides_and_minus_infinity() -> None:
     strided = allowed.t().contiguous().t()
     assert torch.equal(by_bool, knn_attention(query, key, value, topk=8, attn_mask=strided))
     assert torch.equal(by_bool, knn_attention(query, key, value, topk=8, attn_mask=bias.to(torch.bfloat16)))
+    assert torch.equal(by_bool, knn_attention(query, key, value, topk=8, attn_mask=bias.double()))
 
 
 @st.composite

@@ -13,6 +13,8 @@ from regard.ops.knn.eager import PyTorchBackend
 
 __all__ = ["check_topk", "keys_kept", "knn_attention"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # Products such as 0.07 * 100 come out one rounding above the whole number that was meant.
 _ROUNDING = 1.0 - 2.0**-51
 
@@ -72,7 +74,17 @@ def knn_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, `topk` out of range.
     """
-    call, lead = _bind(query, key, value, topk, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call, lead = _bind(
+        query,
+        key,
+        value,
+        topk=topk,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
     output = _OPERATOR.run(call)
     return output.reshape(*lead, *output.shape[1:]) if len(lead) != 1 else output
 
@@ -81,12 +93,13 @@ def _bind(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     topk: int | float,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[KNNCall, tuple[int, ...]]:
     """Check the arguments and bring them to one form; also the leading dimensions that were folded into the batch."""
     check_topk(topk)
@@ -118,8 +131,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.dim() < 3:
             raise ValueError(f"{name}: expected (..., heads, tokens, head_dim), got shape {tuple(tensor.shape)}")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -159,8 +172,8 @@ def _canonical_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if missing < 0 or any(size not in (1, whole) for size, whole in zip(aligned, full, strict=False)):
         raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., H, N, M) = {full}")
     mask = mask.reshape(aligned)
-    if mask.dtype in (torch.bfloat16, torch.float16):
-        mask = mask.float()
+    if mask.is_floating_point():
+        mask = mask.to(torch.promote_types(query.dtype, torch.float32))
     lead = aligned[:-3]
     if len(lead) == 1:
         return mask
@@ -174,20 +187,6 @@ def _fold(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor.flatten(0, -4)
 
 
-def _bind_public(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    topk: int | float,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> KNNCall:
-    """The public signature of `knn_attention`, for regard.explain."""
-    return _bind(query, key, value, topk, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
-
-
-_OPERATOR = Operator("knn_attention", _bind_public, (CPUBackend(), PyTorchBackend()))
+_OPERATOR = Operator(
+    "knn_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
+)

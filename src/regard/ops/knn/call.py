@@ -13,7 +13,8 @@ class KNNCall:
 
     Args:
         query: (B, H, N, D). key: (B, H_kv, M, D), H a multiple of H_kv. value: (B, H_kv, M, D_v). Any strides.
-        attn_mask: (1 or B, 1 or H, 1 or N, 1 or M), boolean (True = attend) or float32/float64 (added), or None.
+        attn_mask: (1 or B, 1 or H, 1 or N, 1 or M), boolean (True = attend) or floating
+            (added; float32, for float64 queries float64), or None.
         topk: how many keys a row keeps, 0 <= topk <= M (0 only when M is 0).
         scale: factor of the logits.
     """
