@@ -160,17 +160,20 @@ def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
     """How large the terms are that each gradient (query, key, value, mask) sums: the scale of its rounding.
 
     A gradient may be a small difference of large terms; a bias that all keys of a row share even has none at all. Each
-    term counts twice: its weight alone is rounded by the exponential, the sum and the division, half a unit each.
+    term counts twice, since its weight alone is rounded by the exponential, the sum and the division, and then with half
+    the root of how many are summed: the probable growth of rounding in a sum (Higham and Mary, 2019). Hypothesis seeks
+    the unluckiest of thousands of sums, and eager PyTorch's luck is another's.
     """
     groups = call.query.shape[1] // call.key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (call.key, call.value))
-    soft = 2.0 * weights(call)
+    soft = weights(call)
+    roundings = 2.0 + 0.5 * max(call.query.shape[2], call.key.shape[2]) ** 0.5
     grad_soft = grad_output.abs() @ value.abs().transpose(-1, -2)
-    grad_logits = soft * (grad_soft + (0.5 * soft * grad_soft).sum(dim=-1, keepdim=True))
+    grad_logits = roundings * soft * (grad_soft + (soft * grad_soft).sum(dim=-1, keepdim=True))
     sizes = [
         grad_logits @ key.abs() * call.scale,
         (grad_logits.transpose(-1, -2) @ call.query.abs() * call.scale).unflatten(1, (-1, groups)).sum(dim=2),
-        (soft.transpose(-1, -2) @ grad_output.abs()).unflatten(1, (-1, groups)).sum(dim=2),
+        (roundings * soft.transpose(-1, -2) @ grad_output.abs()).unflatten(1, (-1, groups)).sum(dim=2),
     ]
     if call.attn_mask is None or not call.attn_mask.is_floating_point():
         return [*sizes, None]
