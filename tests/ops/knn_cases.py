@@ -160,14 +160,14 @@ def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
     """How large the terms are that each gradient (query, key, value, mask) sums: the scale of its rounding.
 
     A gradient may be a small difference of large terms; a bias that all keys of a row share even has none at all. Each
-    term counts twice, since its weight alone is rounded by the exponential, the sum and the division, and then with half
+    term counts twice, since its weight is rounded by the exponential, the sum and the division, and then with half
     the root of how many are summed: the probable growth of rounding in a sum (Higham and Mary, 2019). Hypothesis seeks
     the unluckiest of thousands of sums, and eager PyTorch's luck is another's.
     """
     groups = call.query.shape[1] // call.key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (call.key, call.value))
     soft = weights(call)
-    roundings = 2.0 + 0.5 * max(call.query.shape[2], call.key.shape[2]) ** 0.5
+    roundings = _roundings(call)
     grad_soft = grad_output.abs() @ value.abs().transpose(-1, -2)
     grad_logits = roundings * soft * (grad_soft + (soft * grad_soft).sum(dim=-1, keepdim=True))
     sizes = [
@@ -178,3 +178,13 @@ def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:
     if call.attn_mask is None or not call.attn_mask.is_floating_point():
         return [*sizes, None]
     return [*sizes, grad_logits.sum_to_size(call.attn_mask.shape)]
+
+
+def output_terms(call: KNNCall) -> Tensor:
+    """The same for the output: the size of the weighted values that a row sums."""
+    value = call.value.double().repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    return _roundings(call) * weights(in_float64(call)) @ value.abs()
+
+
+def _roundings(call: KNNCall) -> float:
+    return 2.0 + 0.5 * max(call.query.shape[2], call.key.shape[2]) ** 0.5
