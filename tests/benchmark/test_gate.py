@@ -8,7 +8,7 @@ import torch
 from regard.benchmark import gate
 from regard.benchmark.gate import Judgement, check_knn, error_budget, judge_selection, own_selection
 from regard.benchmark.peers import published_knn_attention
-from regard.ops.knn.api import _OPERATOR
+from regard.ops.knn.api import OPERATOR
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.reference import kept_by_stable_sort, knn_attention_reference, logits, weights
 
@@ -27,11 +27,11 @@ class Faulty:
 
     def __init__(self, function):
         self.run = function
-        self.bind, self.choose = _OPERATOR.bind, _OPERATOR.choose
+        self.bind, self.choose = OPERATOR.bind, OPERATOR.choose
 
 
 def judged(monkeypatch, function, topk=10, dtype=torch.float32, backward=True):
-    monkeypatch.setattr(gate, "_OPERATOR", Faulty(function))
+    monkeypatch.setattr(gate, "OPERATOR", Faulty(function))
     return check_knn(*normal(1, 2, 40, 16, dtype=dtype), topk=topk, backward=backward)
 
 
@@ -164,10 +164,10 @@ def test_what_the_gate_refuses():
 @pytest.mark.parametrize("topk", [1, 9, 0.25, 1.0])
 def test_published_formulation_equals_the_reference(topk):
     query, key, value = normal(2, 3, 40, 16, dtype=torch.float64)
-    kept = _OPERATOR.bind(query, key, value, topk=topk, scale=0.3)
+    kept = OPERATOR.bind(query, key, value, topk=topk, scale=0.3)
     expected = knn_attention_reference(kept)
     torch.testing.assert_close(published_knn_attention(query, key, value, topk, 0.3), expected)
     inputs = [t.requires_grad_() for t in (query, key, value)]
     grads = torch.autograd.grad(published_knn_attention(*inputs, topk).sum(), inputs)
-    expected_grads = torch.autograd.grad(knn_attention_reference(_OPERATOR.bind(*inputs, topk=topk)).sum(), inputs)
+    expected_grads = torch.autograd.grad(knn_attention_reference(OPERATOR.bind(*inputs, topk=topk)).sum(), inputs)
     torch.testing.assert_close(grads, expected_grads)

@@ -68,10 +68,10 @@ def environment():
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """The kernels with sanitizers, with the flags of setup.py but for the optimisation."""
+    """The kernels with sanitizers and scratch memory full of NaN; else as setup.py makes them, but for optimisation."""
     csrc = ROOT / "src" / "regard" / "csrc"
     includes = [f"-I{folder}" for folder in (csrc, *cpp_extension.include_paths())]
-    flags = [*runpy.run_path(str(ROOT / "setup.py"))["COMPILE_FLAGS"], *includes]
+    flags = [*runpy.run_path(str(ROOT / "setup.py"))["COMPILE_FLAGS"], *includes, "-DREGARD_POISON"]
     libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
     return compile_library(sorted(csrc.glob("*.cpp")), target, flags, libraries)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.ops.knn.api import _OPERATOR
+from regard.ops.knn.api import OPERATOR
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.reference import knn_attention_reference, logits
 
@@ -134,7 +134,7 @@ def check_knn(
         if not tensor.isfinite().all():
             raise ValueError(f"{name}: holds NaN or infinity; the gate judges finite numbers")
     options.setdefault("dropout_p", 0.0)
-    call: KNNCall = _OPERATOR.bind(query, key, value, topk=topk, **options)
+    call: KNNCall = OPERATOR.bind(query, key, value, topk=topk, **options)
     if call.dropout_p > 0:
         raise ValueError("dropout_p: random numbers cannot be judged; leave it at 0")
     found, grad_output = _run(call, backward, seed)
@@ -155,7 +155,7 @@ def check_knn(
             errors[name].append((largest_error(mine, exact[place]), budget))
     # Of each tensor, the unit that comes nearest to its budget, or exceeds it most.
     judgements = tuple(Judgement(name, *max(pairs, key=_strain)) for name, pairs in errors.items())
-    backend = _OPERATOR.choose(call)[0].name
+    backend = OPERATOR.choose(call)[0].name
     dtype = str(call.query.dtype).removeprefix("torch.")
     return GateResult("knn_attention", backend, dtype, judgements, excess, miscounted, rows)
 
@@ -173,7 +173,7 @@ def own_selection(call: KNNCall) -> Tensor:
         columns[start : start + width, :width].fill_diagonal_(1.0)
         probe = dataclasses.replace(call, value=columns.expand(batch, groups, *columns.shape))
         with torch.no_grad():
-            parts.append(_OPERATOR.run(probe)[..., :width] != 0)
+            parts.append(OPERATOR.run(probe)[..., :width] != 0)
     return torch.cat(parts, dim=-1)
 
 
@@ -226,7 +226,7 @@ def _run(call: KNNCall, backward: bool, seed: int) -> tuple[list[Tensor], Tensor
     generator = torch.Generator().manual_seed(seed)
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     grad_output = torch.randn(shape, generator=generator).to(call.query.device, call.query.dtype)
-    return _differentiate(call, _OPERATOR.run, grad_output, backward), grad_output
+    return _differentiate(call, OPERATOR.run, grad_output, backward), grad_output
 
 
 def _on_selection(call: KNNCall, kept: Tensor, grad_output: Tensor, backward: bool) -> list[Tensor]:

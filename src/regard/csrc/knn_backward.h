@@ -53,10 +53,11 @@ class HeadGradients {
     return totals_;
   }
 
+  static int64_t size(const KnnProblem& p, const Layout& l) { return p.keys * (l.dim_padded + l.value_padded); }
+
   float *keys, *values;
 
  private:
-  static int64_t size(const KnnProblem& p, const Layout& l) { return p.keys * (l.dim_padded + l.value_padded); }
   const int64_t size_;
   float* totals_;
 };
@@ -127,8 +128,7 @@ class BackwardTile {
     int64_t n = 0;
     for (int64_t m = 0; m < columns; m += W) {
       const Vec::F x = Vec::load(v + m);
-      const typename Vec::Mask tied = Vec::both(Vec::eq(x, threshold), Vec::upto(static_cast<int>(m), last_tie));
-      n += Vec::compress(v + n, indices + n, x, static_cast<int>(m), Vec::either(Vec::gt(x, threshold), tied));
+      n += Vec::compress(v + n, indices + n, x, static_cast<int>(m), kept_lanes(x, threshold, m, last_tie));
     }
     return n;
   }
@@ -205,10 +205,7 @@ static void store_head(const KnnProblem& p, const KnnGradients& grads, const Lay
   }
 }
 
-static int64_t partial_size(const KnnProblem& p) {
-  const Layout l(p);
-  return p.keys * (l.dim_padded + l.value_padded);
-}
+static int64_t partial_size(const KnnProblem& p) { return HeadGradients::size(p, Layout(p)); }
 
 static void backward(
     const KnnProblem& p, const KnnGradients& grads, const KnnUnit* units, int64_t count, float* partial) {

@@ -139,7 +139,7 @@ struct Habit {
   }
 };
 
-static float slope_of(const RowStats& stats) { return 0.5513f * stats.deviation; }
+static float slope_of(const RowStats& stats) { return kLogisticScale * stats.deviation; }
 
 // Selects row r of the tile into a list: values and indices of the kept keys, in the order of the keys.
 static int64_t select_list(Tile& tile, int64_t r, int64_t columns, const RowStats& stats, int64_t k, Habit& habit) {
@@ -238,12 +238,10 @@ static RowState forward_dense(Tile& tile, int64_t r, int64_t columns, const RowS
   const Vec::F threshold = Vec::set1(tau), top = Vec::set1(stats.largest);
   Vec::F sum = Vec::zero(), least = Vec::set1(kInf);
   const bool tied = last < n;
+  const auto kept = [&](Vec::F x, int64_t i) { return tied ? kept_lanes(x, threshold, i, last) : Vec::ge(x, threshold); };
   for (int64_t i = 0; i < n; i += W) {
     const Vec::F x = Vec::load(v + i);
-    typename Vec::Mask in = Vec::ge(x, threshold);
-    if (tied)
-      in = Vec::either(Vec::gt(x, threshold),
-                       Vec::both(Vec::eq(x, threshold), Vec::upto(static_cast<int>(i), static_cast<int>(last))));
+    const typename Vec::Mask in = kept(x, i);
     least = Vec::min(least, Vec::select(in, x, Vec::set1(kInf)));
   }
   if (!all) {
@@ -252,10 +250,7 @@ static RowState forward_dense(Tile& tile, int64_t r, int64_t columns, const RowS
   }
   for (int64_t i = 0; i < n; i += W) {
     const Vec::F x = Vec::load(v + i);
-    typename Vec::Mask in = Vec::ge(x, threshold);
-    if (tied)
-      in = Vec::either(Vec::gt(x, threshold),
-                       Vec::both(Vec::eq(x, threshold), Vec::upto(static_cast<int>(i), static_cast<int>(last))));
+    const typename Vec::Mask in = kept(x, i);
     const Vec::F p = Vec::select(in, exp_nonpositive(Vec::sub(x, top)), Vec::zero());
     sum = Vec::add(sum, p);
     Vec::store(v + i, p);

@@ -8,6 +8,7 @@ constexpr int MR = Vec::kRows;
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kInf = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
+constexpr float kLogisticScale = 0.5513f;  // sqrt(3) / pi: a logistic distribution's scale for unit deviation
 
 static REGARD_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 static REGARD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -237,7 +238,6 @@ static REGARD_INLINE float log_odds(double count, int64_t n) {
 
 // Where the k-th largest of n values should lie, taking their distribution for a logistic one.
 static REGARD_INLINE float first_guess(const RowStats& stats, double k, float correction) {
-  constexpr float kLogisticScale = 0.5513f;  // sqrt(3) / pi: a logistic distribution's scale for unit deviation
   return stats.mean - (log_odds(k, stats.allowed) * kLogisticScale + correction) * stats.deviation;
 }
 
@@ -345,6 +345,12 @@ static int64_t compress_row(float* v, int32_t* indices, int64_t n, float t) {
   }
   Vec::store(v + kept, Vec::set1(-kInf));
   return kept;
+}
+
+// The lanes of a row (the first at index `base`) that lie above the k-th logit, or equal it up to the last kept tie.
+static REGARD_INLINE typename Vec::Mask kept_lanes(Vec::F x, Vec::F kth, int64_t base, int64_t last_tie) {
+  const typename Vec::Mask tied = Vec::both(Vec::eq(x, kth), Vec::upto(static_cast<int>(base), static_cast<int>(last_tie)));
+  return Vec::either(Vec::gt(x, kth), tied);
 }
 
 // exp(x) for x <= 0 (up to rounding), to one unit in the last place; 2^-126 stands for all that is smaller.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["instruction_set", "load", "problem"]
+__all__ = ["instruction_set", "problem"]
 
 
 # None until the kernels were looked for. The operators look when they are imported, so a compiled call finds text here,
@@ -39,11 +39,6 @@ def _look_and_load() -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("regard::knn_attention", "CPU"):
         return f"{found[0].name} holds no kernels; reinstall regard"
     return ""
-
-
-def load() -> bool:
-    """Load the kernels once; True if they are there."""
-    return not problem()
 
 
 def instruction_set() -> str:

@@ -10,6 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import functional as tv
 
 from regard.data import ImageData
 from regard.results import EpochRecord, TrainingRun
@@ -139,8 +140,6 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> C
 
 def _augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Mirror images at random; shift the batch as one, which costs next to nothing."""
-    from torchvision.transforms.v2 import functional as tv
-
     if recipe.flip:
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], tv.horizontal_flip(images), images)

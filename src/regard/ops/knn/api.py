@@ -11,7 +11,7 @@ from regard.ops.knn.call import KNNCall
 from regard.ops.knn.cpu import CPUBackend
 from regard.ops.knn.eager import PyTorchBackend
 
-__all__ = ["check_topk", "keys_kept", "knn_attention"]
+__all__ = ["OPERATOR", "check_topk", "keys_kept", "knn_attention"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,7 +85,7 @@ def knn_attention(
         scale=scale,
         enable_gqa=enable_gqa,
     )
-    output = _OPERATOR.run(call)
+    output = OPERATOR.run(call)
     return output.reshape(*lead, *output.shape[1:]) if len(lead) != 1 else output
 
 
@@ -187,6 +187,6 @@ def _fold(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor.flatten(0, -4)
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "knn_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from regard.ops._dispatch import Refusal
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.reference import knn_attention_reference, logits, weights
+from regard.ops.knn.reference import knn_attention_reference, logits, mix, softmax_of_kept, weights
 
 __all__ = ["PyTorchBackend", "attend_with_state", "gradients", "kept_by_threshold", "selection_state"]
 
@@ -43,7 +43,7 @@ def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output and the selection's state, as the compiled operator returns them."""
     scores = logits(call)
     kept = kept_by_threshold(scores, call.topk)
-    return knn_attention_reference(call, kept_by_threshold), *selection_state(scores, kept, call.topk)
+    return mix(call, softmax_of_kept(scores, kept)), *selection_state(scores, kept, call.topk)
 
 
 def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -29,7 +29,7 @@ torch.library.define(
     "bool mask_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
 )
 torch.library.define("regard::instruction_set", "() -> int")
-_library.load()
+_library.problem()  # loads the kernels, against the schemas above
 
 knn_attention_op = torch.ops.regard.knn_attention.default
 _backward_op = torch.ops.regard.knn_attention_backward.default

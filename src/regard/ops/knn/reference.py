@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regard.ops.knn.call import KNNCall
 
-__all__ = ["knn_attention_reference", "kept_by_stable_sort", "logits", "weights"]
+__all__ = ["kept_by_stable_sort", "knn_attention_reference", "logits", "mix", "softmax_of_kept", "weights"]
 
 
 def logits(call: KNNCall) -> Tensor:
@@ -36,14 +36,22 @@ def kept_by_stable_sort(scores: Tensor, topk: int) -> Tensor:
 def weights(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
     """(B, H, N, M) attention weights: softmax over the kept keys, zero elsewhere; rows that keep none are all zero."""
     scores = logits(call)
-    kept = select(scores.detach(), call.topk)
+    return softmax_of_kept(scores, select(scores.detach(), call.topk))
+
+
+def softmax_of_kept(scores: Tensor, kept: Tensor) -> Tensor:
+    """Softmax of each row's logits (..., N, M) over its kept keys alone; zeros where a row keeps none."""
     soft = scores.masked_fill(~kept, float("-inf")).softmax(dim=-1)
     return soft.masked_fill(~kept.any(dim=-1, keepdim=True), 0.0)
 
 
 def knn_attention_reference(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
     """(B, H, N, D_v) output of a checked call; `select` answers which keys a row keeps."""
-    soft = weights(call, select)
+    return mix(call, weights(call, select))
+
+
+def mix(call: KNNCall, soft: Tensor) -> Tensor:
+    """(B, H, N, D_v): the values under given weights, after dropout, in the query's dtype."""
     if call.dropout_p > 0.0:
         soft = torch.nn.functional.dropout(soft, call.dropout_p)
     value = _compute(call.value)
