@@ -76,13 +76,15 @@ def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
     torch.testing.assert_close(output, knn_attention(*tensors, topk=5))
 
 
+@pytest.mark.parametrize("backend", ["pytorch", pytest.param("cpu", marks=needs_kernels)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_lowers_as_for_dense_attention(dtype: torch.dtype) -> None:
+def test_autocast_lowers_as_for_dense_attention(backend: str, dtype: torch.dtype) -> None:
     tensors = requiring_grad(Shape(dim=64, value_dim=64), exact=False)
-    with torch.autocast("cpu", dtype=dtype):
+    with only_backend(backend), torch.autocast("cpu", dtype=dtype):
         output = knn_attention(*tensors, topk=9)
         assert output.dtype == F.scaled_dot_product_attention(*tensors).dtype == dtype
-    want = knn_attention(*(t.detach().to(dtype) for t in tensors), topk=9)
+    with only_backend(backend):
+        want = knn_attention(*(t.detach().to(dtype) for t in tensors), topk=9)
     assert torch.equal(output, want)
     output.float().sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from regard.ops._arguments import full_precision
 from regard.ops._dispatch import Refusal
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.reference import knn_attention_reference, logits, mix, softmax_of_kept, weights
@@ -39,6 +40,7 @@ def selection_state(scores: Tensor, kept: Tensor, topk: int) -> tuple[Tensor, Te
     return lse, kth.masked_fill(full, hidden), tie.masked_fill(full, -1)
 
 
+@full_precision
 def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output and the selection's state, as the compiled operator returns them."""
     scores = logits(call)
@@ -46,6 +48,7 @@ def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mix(call, softmax_of_kept(scores, kept)), *selection_state(scores, kept, call.topk)
 
 
+@full_precision
 def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and float mask, written out: below autograd nothing records them for us."""
     soft = weights(call, kept_by_threshold)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from regard.ops._arguments import full_precision
 from regard.ops.knn.call import KNNCall
 
 __all__ = ["kept_by_stable_sort", "knn_attention_reference", "logits", "mix", "softmax_of_kept", "weights"]
@@ -45,6 +46,7 @@ def softmax_of_kept(scores: Tensor, kept: Tensor) -> Tensor:
     return soft.masked_fill(~kept.any(dim=-1, keepdim=True), 0.0)
 
 
+@full_precision
 def knn_attention_reference(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
     """(B, H, N, D_v) output of a checked call; `select` answers which keys a row keeps."""
     return mix(call, weights(call, select))
