@@ -8,9 +8,10 @@ import torch
 from regard.benchmark import gate
 from regard.benchmark.gate import Judgement, check_knn, error_budget, judge_selection, own_selection
 from regard.benchmark.peers import published_knn_attention
+from regard.ops._selection import kept_by_stable_sort
 from regard.ops.knn.api import OPERATOR
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.reference import kept_by_stable_sort, knn_attention_reference, logits, weights
+from regard.ops.knn.reference import knn_attention_reference, logits, weights
 
 
 def normal(*size, dtype=torch.float32, seed=0, count=3):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from regard.ops import _library
+from regard.ops._selection import kept_by_stable_sort
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.reference import kept_by_stable_sort, knn_attention_reference, logits, weights
+from regard.ops.knn.reference import knn_attention_reference, logits, weights
 
 # The baseline instruction set rounds a product and its sum, where eager PyTorch on the same machine may fuse them.
 ROUNDINGS = 2.0 if _library.instruction_set() == "plain" else 1.0

@@ -14,9 +14,9 @@ from knn_cases import LAYOUTS, Shape, call_of, exact_output, in_float64, inputs,
 
 from regard import knn_attention
 from regard.ops import _library
-from regard.ops.knn.eager import attend_with_state, kept_by_threshold
+from regard.ops._selection import kept_by_stable_sort, kept_by_threshold
+from regard.ops.knn.eager import attend_with_state
 from regard.ops.knn.op import knn_attention_op
-from regard.ops.knn.reference import kept_by_stable_sort
 
 HALVES = (torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(bool(_library.problem()), reason=_library.problem() or "kernels are here")

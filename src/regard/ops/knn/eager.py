@@ -5,39 +5,11 @@ from torch import Tensor
 
 from regard.ops._arguments import full_precision
 from regard.ops._dispatch import Refusal
+from regard.ops._selection import kept_by_threshold, selection_state, softmax_of_kept
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.reference import knn_attention_reference, logits, mix, softmax_of_kept, weights
+from regard.ops.knn.reference import knn_attention_reference, logits, mix, weights
 
-__all__ = ["PyTorchBackend", "attend_with_state", "gradients", "kept_by_threshold", "selection_state"]
-
-
-def kept_by_threshold(scores: Tensor, topk: int) -> Tensor:
-    """The reference's selection without a full sort: all above the k-th logit, then the first of its ties."""
-    kept = scores != float("-inf")
-    if topk >= scores.shape[-1]:
-        return kept
-    kth = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above, tied = scores > kth, scores == kth
-    room = topk - above.sum(dim=-1, keepdim=True)
-    # A NaN is no number's equal: kept explicitly, so that it reaches the output as in SDPA.
-    return kept & (above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan())
-
-
-def selection_state(scores: Tensor, kept: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, kth_logit, last_tie) of each row, each (B, H, N): all that the backward needs to select again.
-
-    kth_logit is -inf and last_tie -1 where a row keeps all its allowed keys.
-    """
-    hidden = float("-inf")
-    columns = scores.shape[-1]
-    lse = scores.masked_fill(~kept, hidden).logsumexp(dim=-1)
-    if columns == 0:
-        return lse, torch.full_like(lse, hidden), torch.full_like(lse, -1, dtype=torch.int32)
-    kth = scores.masked_fill(~kept, float("inf")).amin(dim=-1)
-    index = torch.arange(columns, device=scores.device, dtype=torch.int32)
-    tie = torch.where(kept & (scores == kth.unsqueeze(-1)), index, -1).amax(dim=-1)
-    full = (scores != hidden).sum(dim=-1) <= topk
-    return lse, kth.masked_fill(full, hidden), tie.masked_fill(full, -1)
+__all__ = ["PyTorchBackend", "attend_with_state", "gradients"]
 
 
 @full_precision

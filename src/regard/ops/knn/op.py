@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
+from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.eager import attend_with_state, gradients, kept_by_threshold
+from regard.ops.knn.eager import attend_with_state, gradients
 from regard.ops.knn.reference import knn_attention_reference
 
 __all__ = ["knn_attention_op"]
