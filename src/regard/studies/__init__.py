@@ -1,4 +1,5 @@
-"""Studies: questions put to several rooms at once. Now: which mechanism, at what accuracy and cost?"""
+"""Studies: questions put to several rooms at once. Which mechanism, at what accuracy and cost? What does a trained
+model's attention lose when another takes its place?"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 # At first use, so that the command line reads settings without importing torch.
 _EXPORTS = {
     "CompareSettings": "regard.studies.settings",
+    "FidelitySettings": "regard.studies.fidelity",
     "Interrupted": "regard.studies.comparison",
     "SettingsError": "regard.studies.settings",
+    "StudyInterrupted": "regard.studies.fidelity",
     "compare": "regard.studies.comparison",
+    "study_fidelity": "regard.studies.fidelity",
 }
 
 __all__ = list(_EXPORTS)
@@ -16,6 +20,9 @@ __all__ = list(_EXPORTS)
 if TYPE_CHECKING:
     from regard.studies.comparison import Interrupted as Interrupted
     from regard.studies.comparison import compare as compare
+    from regard.studies.fidelity import FidelitySettings as FidelitySettings
+    from regard.studies.fidelity import StudyInterrupted as StudyInterrupted
+    from regard.studies.fidelity import study_fidelity as study_fidelity
     from regard.studies.settings import CompareSettings as CompareSettings
     from regard.studies.settings import SettingsError as SettingsError
 

@@ -10,7 +10,24 @@ from typing import Any
 from regard.results import CostPoint, Environment, TrainingRun, to_json, write_text
 from regard.studies.settings import SettingsError
 
-__all__ = ["RunStore", "StoredRun"]
+__all__ = ["RunStore", "StoredRun", "check_fingerprint", "slug"]
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file's name: `knn(topk=0.5)` -> `knn-topk-0.5`. Different texts may give the same."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def check_fingerprint(made_under: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Raise SettingsError if a stored result was made under other settings; it names the first and the way out."""
+    wanted = json.loads(to_json(wanted))
+    for name in [*wanted, *(other for other in made_under if other not in wanted)]:
+        if wanted.get(name) != made_under.get(name):
+            raise SettingsError(
+                "out",
+                f"{path} was made with {name}={made_under.get(name)!r}, now {name}={wanted.get(name)!r}; "
+                "choose another folder, or pass --overwrite (overwrite=True)",
+            )
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,7 @@ class RunStore:
     fingerprint: dict[str, Any]
 
     def run_path(self, mechanism: str, seed: int) -> Path:
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", mechanism).strip("-")
-        return self.folder / "runs" / f"{slug}-seed{seed}.json"
+        return self.folder / "runs" / f"{slug(mechanism)}-seed{seed}.json"
 
     def weights_path(self, mechanism: str, seed: int) -> Path:
         return self.run_path(mechanism, seed).with_suffix(".safetensors")
@@ -65,7 +81,7 @@ class RunStore:
             made_under = dict(content["fingerprint"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-        self._check(made_under, path)
+        check_fingerprint(made_under, self.fingerprint, path)
         if run.mechanism != mechanism or run.seed != seed:
             return None, f"{path} holds {run.mechanism}, seed {run.seed}"
         if not run.finished or not run.epochs:
@@ -73,16 +89,6 @@ class RunStore:
         if not self.weights_path(mechanism, seed).exists():
             return None, f"{self.weights_path(mechanism, seed)} is missing"
         return StoredRun(run, environment), ""
-
-    def _check(self, made_under: dict[str, Any], path: Path) -> None:
-        wanted = json.loads(to_json(self.fingerprint))
-        for name in [*wanted, *(other for other in made_under if other not in wanted)]:
-            if wanted.get(name) != made_under.get(name):
-                raise SettingsError(
-                    "out",
-                    f"{path} was made with {name}={made_under.get(name)!r}, now {name}={wanted.get(name)!r}; "
-                    "choose another folder, or pass --overwrite (overwrite=True)",
-                )
 
     def save_costs(self, costs: list[CostPoint], asked: dict[str, Any]) -> None:
         """Write the operators' cost, with what was asked for."""

@@ -1,0 +1,320 @@
+"""The fidelity study: what features of a trained model survive when its attention is replaced, without retraining?"""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from regard.benchmark import environment
+from regard.conversion import AttentionCall, features_of, head_fidelity, picture_fidelity, record_attention
+from regard.results import FidelityPoint, FidelityStudy, PictureFidelity, write_text
+from regard.specs import Mechanism, parse
+from regard.studies.fidelity_store import DenseFeatures, FidelityStore, digest
+from regard.studies.photographs import choose_photographs, open_photograph
+from regard.studies.settings import SettingsError
+
+__all__ = ["DEFAULT_FIDELITY_MECHANISMS", "FidelitySettings", "StudyInterrupted", "study_fidelity"]
+
+DEFAULT_FIDELITY_MECHANISMS = (
+    *(f"knn(topk={1 / n})" for n in (2, 4, 8, 16, 32)),
+    *(f"multipole(num_clusters={n}, near=0)" for n in (64, 128, 256)),
+    *(
+        f"multipole(num_clusters={n}, near={near}, far={far!r})"
+        for far in ("centroid", "gaussian")
+        for n, near in ((64, 8), (128, 8), (128, 16), (256, 16), (256, 32), (512, 16), (512, 32))
+    ),
+)
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a study. What was finished is on disk, and in `study`."""
+
+    def __init__(self, study: FidelityStudy) -> None:
+        super().__init__("the study was stopped; the same settings resume it")
+        self.study = study
+
+
+@dataclass(frozen=True)
+class FidelitySettings:
+    """Measure the fidelity of mechanisms in a trained vision transformer, on photographs at several sizes.
+
+    Args:
+        weights: The trained model's weights (safetensors).
+        photos: Folder of photographs.
+        mechanisms: A mechanism in text form, such as 'knn(topk=0.5)'; give it once for each.
+        layers: Those of the mechanisms that are also judged layer by layer and head by head.
+        sizes: Sides of the square images, in pixels; multiples of the model's patch size.
+        photos_count: How many of the photographs, spread evenly over the folder's sorted names.
+        model: A timm vision transformer, into which the weights load strictly.
+        device: Device to run on, such as 'cpu' or 'cuda'.
+        out: Folder of points and JSON. The same folder again resumes.
+        overwrite: Redo what the folder already holds.
+
+    Raises:
+        SettingsError: a value is out of range; it names the setting and what is allowed.
+    """
+
+    weights: Path
+    photos: Path
+    mechanisms: tuple[str, ...] = DEFAULT_FIDELITY_MECHANISMS
+    layers: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (518, 896, 1344)
+    photos_count: int = 10
+    model: str = "vit_small_patch14_dinov2"
+    device: str = "cpu"
+    out: Path = Path("regard-fidelity")
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mechanisms", "layers"):
+            if isinstance(getattr(self, name), str):
+                raise SettingsError(name, f"expected a sequence of texts, got the text {getattr(self, name)!r}")
+        if not self.mechanisms:
+            raise SettingsError("mechanisms", "give at least one, such as 'knn(topk=0.5)'")
+        if not self.sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.sizes):
+            raise SettingsError("sizes", f"expected whole numbers of pixels, got {self.sizes!r}")
+        if isinstance(self.photos_count, bool) or not isinstance(self.photos_count, int) or self.photos_count < 1:
+            raise SettingsError("photos_count", f"expected a whole number of at least 1, got {self.photos_count!r}")
+
+
+def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) -> FidelityStudy:
+    """Run the study: dense features of every photograph and size once, then every mechanism on it.
+
+    Every finished point is on disk at once; the same `out` again resumes. All mechanisms of one photograph come before
+    the next photograph, so a study stopped early holds points that compare.
+
+    Returns:
+        All points, also those found on disk; also in `out`/fidelity.json.
+
+    Raises:
+        SettingsError: a setting cannot be obeyed: weights or photographs are missing or do not fit, a mechanism is
+            unknown or adds parameters, or `out` holds points of other weights or photographs. Nothing was measured.
+        FloatingPointError: features are NaN or infinite.
+        StudyInterrupted: Ctrl-C; what is finished is on disk.
+    """
+    job = _Job(settings)
+    study = FidelityStudy(job.shown_settings(), environment(settings.device), command=_command(settings))
+    found = {} if settings.overwrite else dict(job.stored())
+    todo = [key for key in job.questions() if key not in found]
+    with _bars(show_progress) as (bars, console):
+        task = bars.add_task("fidelity", total=len(found) + len(todo), completed=len(found), note="")
+        try:
+            for mechanism, size, photo in todo:
+                bars.update(task, note=f"{photo.stem} at {size} px: {mechanism}")
+                point = job.measure(mechanism, size, photo)
+                found[mechanism, size, photo] = point
+                bars.advance(task)
+                line = f"{point.photo}, {size} px, {mechanism}: {point.fidelity.cosine:.4f} "
+                line += f"raw, {point.fidelity.centred_cosine:.4f} centred, {point.seconds:.1f} s"
+                console.print(line, markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            study.interrupted = True
+    study.points = [found[key] for key in job.questions() if key in found]
+    study.dense_seconds = job.dense_seconds()
+    write_text(settings.out / "fidelity.json", study.to_json() + "\n")
+    if study.interrupted:
+        raise StudyInterrupted(study)
+    return study
+
+
+_Key = tuple[Mechanism, int, Path]
+
+
+@dataclass
+class _Job:
+    """Checked settings, models as they are needed, and what was computed last."""
+
+    settings: FidelitySettings
+    _models: dict[Mechanism, nn.Module] = field(default_factory=dict)
+    _dense: tuple[tuple[int, Path], DenseFeatures] | None = None
+    _calls: tuple[tuple[int, Path], list[AttentionCall]] | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.mechanisms = [self._parse("mechanisms", text) for text in settings.mechanisms]
+        if len(set(self.mechanisms)) < len(self.mechanisms):
+            raise SettingsError("mechanisms", "one is given twice")
+        self.by_layer = [self._parse("layers", text) for text in settings.layers]
+        for one in self.by_layer:
+            if one not in self.mechanisms:
+                raise SettingsError("layers", f"{one} is not among the mechanisms; add it there")
+        self.photos = choose_photographs(settings.photos, settings.photos_count)
+        try:
+            self.state = load_file(settings.weights, device=settings.device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SettingsError("weights", f"{settings.weights} cannot be read: {error}") from error
+        self.dense = self._build(None)
+        for one in self.mechanisms:
+            self._models[one] = self._build(one)
+        patch = self._patch
+        for size in settings.sizes:
+            if size % patch:
+                raise SettingsError(
+                    "sizes", f"{size} is no multiple of the patch size {patch}; try {size - size % patch}"
+                )
+        self.store = FidelityStore(settings.out, {"model": settings.model, "weights": digest(settings.weights)})
+        try:
+            self.store.make_folders()
+        except OSError as error:
+            raise SettingsError("out", f"{settings.out} cannot be made: {error.strerror}") from error
+
+    @staticmethod
+    def _parse(setting: str, text: str) -> Mechanism:
+        try:
+            return parse(text)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(setting, str(error).removeprefix("mechanism: ")) from error
+
+    @property
+    def _patch(self) -> int:
+        patch = self.dense.patch_embed.patch_size  # type: ignore[union-attr]
+        return int(patch[0])  # type: ignore[index]
+
+    @cached_property
+    def prefix(self) -> int:
+        return int(self.dense.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def _build(self, mechanism: Mechanism | None) -> nn.Module:
+        """The model with the mechanism in every layer; all models share the weights' memory."""
+        options: dict[str, Any] = {}
+        if mechanism is not None:
+            options["attn_layer"] = mechanism.attn_layer().bind(num_prefix_tokens=self.prefix)  # type: ignore[attr-defined]
+        try:
+            model = timm.create_model(self.settings.model, num_classes=0, dynamic_img_size=True, **options)
+        except (RuntimeError, TypeError) as error:
+            raise SettingsError("model", f"timm cannot build {self.settings.model!r}: {error}") from error
+        try:
+            model.load_state_dict(self.state, strict=True, assign=True)
+        except RuntimeError as error:
+            who = self.settings.model if mechanism is None else f"{self.settings.model} with {mechanism}"
+            raise SettingsError("weights", f"they do not fit {who}: {' '.join(str(error).split())[:300]}") from error
+        built: nn.Module = model.to(self.settings.device).eval()
+        return built
+
+    def questions(self) -> Iterator[_Key]:
+        for size in self.settings.sizes:
+            for photo in self.photos:
+                for mechanism in self.mechanisms:
+                    yield mechanism, size, photo
+
+    def stored(self) -> Iterator[tuple[_Key, FidelityPoint]]:
+        """The points on disk. Raises SettingsError if one is of other weights or another photograph."""
+        for mechanism, size, photo in self.questions():
+            point = self.store.load(mechanism, size, photo)
+            if point is not None and (point.layers is not None or mechanism not in self.by_layer):
+                yield (mechanism, size, photo), point
+
+    def measure(self, mechanism: Mechanism, size: int, photo: Path) -> FidelityPoint:
+        """One point, saved."""
+        dense, image = self._dense_features(size, photo), self._image(size, photo)
+        start = time.perf_counter()
+        found = features_of(self._models[mechanism], image, num_prefix_tokens=self.prefix)
+        seconds = time.perf_counter() - start
+        (fidelity,) = picture_fidelity(dense.tokens, found.tokens.cpu(), num_prefix_tokens=self.prefix)
+        layers = self._by_layer(mechanism, size, photo) if mechanism in self.by_layer else None
+        point = FidelityPoint(str(mechanism), size, photo.stem, fidelity, None, seconds, layers)
+        self.store.save(point, mechanism, photo)
+        return point
+
+    def _image(self, size: int, photo: Path) -> Tensor:
+        config = resolve_model_data_config(self.dense)
+        transform = create_transform(
+            (3, size, size), interpolation="bicubic", mean=config["mean"], std=config["std"], crop_pct=1.0
+        )
+        image: Tensor = transform(open_photograph(photo))
+        return image[None].to(self.settings.device)
+
+    def _dense_features(self, size: int, photo: Path) -> DenseFeatures:
+        if self._dense is None or self._dense[0] != (size, photo):
+            dense = None if self.settings.overwrite else self.store.load_dense(size, photo)
+            if dense is None:
+                image = self._image(size, photo)
+                start = time.perf_counter()
+                tokens = features_of(self.dense, image, num_prefix_tokens=self.prefix).tokens.cpu()
+                dense = DenseFeatures(tokens, time.perf_counter() - start)
+                self.store.save_dense(dense, size, photo)
+            self._dense = ((size, photo), dense)
+        return self._dense[1]
+
+    def _by_layer(self, mechanism: Mechanism, size: int, photo: Path) -> list[list[PictureFidelity]]:
+        if self._calls is None or self._calls[0] != (size, photo):
+            self._calls = None  # frees the last photograph's before the next are recorded
+            self._calls = ((size, photo), record_attention(self.dense, self._image(size, photo)))
+        grid = (size // self._patch, size // self._patch)
+        return [
+            head_fidelity(mechanism, call, num_prefix_tokens=self.prefix, grid_size=grid)[0] for call in self._calls[1]
+        ]
+
+    def dense_seconds(self) -> dict[str, dict[str, float]]:
+        seconds: dict[str, dict[str, float]] = {}
+        for size in self.settings.sizes:
+            for photo in self.photos:
+                dense = self.store.load_dense(size, photo)
+                if dense is not None:
+                    seconds.setdefault(str(size), {})[photo.stem] = dense.seconds
+        return seconds
+
+    def shown_settings(self) -> dict[str, object]:
+        """What a reader must know; paths by their last name."""
+        settings = self.settings
+        return {
+            **dataclasses.asdict(settings),
+            "weights": settings.weights.name,
+            "photos": [photo.stem for photo in self.photos],
+            "mechanisms": [str(one) for one in self.mechanisms],
+            "layers": [str(one) for one in self.by_layer],
+            "out": settings.out.name,
+            "weights_sha256": self.store.fingerprint["weights"],
+            "patch_size": self._patch,
+            "num_prefix_tokens": self.prefix,
+        }
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[tuple[Progress, Console]]:
+    """One bar on a terminal; elsewhere the lines of finished points alone. On standard error."""
+    console = Console(stderr=True, quiet=not show, highlight=False)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("about"),
+        TimeRemainingColumn(),
+        TextColumn("left; {task.fields[note]}", markup=False),
+        console=console,
+        disable=not show or not console.is_terminal,
+        transient=True,
+    )
+    with bars:
+        yield bars, console
+
+
+def _command(settings: FidelitySettings) -> str:
+    """The command that repeats the study; folders by their last names."""
+    words = ["python", "benchmarks/fidelity.py", "--weights", settings.weights.name, "--photos", settings.photos.name]
+    defaults = FidelitySettings(settings.weights, settings.photos)
+    names = {"mechanisms": "--mechanism", "layers": "--layer", "photos_count": "--photos-count", "sizes": "--sizes"}
+    for one in dataclasses.fields(settings):
+        value = getattr(settings, one.name)
+        if one.name in ("weights", "photos", "out", "overwrite") or value == getattr(defaults, one.name):
+            continue
+        name = names.get(one.name, f"--{one.name}")
+        if one.name == "sizes":
+            words += [name, *map(str, value)]
+        else:
+            for part in map(str, value) if isinstance(value, tuple) else [str(value)]:
+                words += [name, part]
+    return shlex.join(words)
