@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _EXPORTS = {
+    "kmeans_clusters": "regard.ops",
     "knn_attention": "regard.ops",
+    "multipole_attention": "regard.ops",
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
@@ -22,6 +24,8 @@ _EXPORTS = {
     "KNN": "regard.mixers",
     "DenseAttention": "regard.mixers",
     "KNNAttention": "regard.mixers",
+    "Multipole": "regard.mixers",
+    "MultipoleAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "compare": "regard.studies",
     "CompareSettings": "regard.studies",
@@ -36,12 +40,16 @@ if TYPE_CHECKING:
     from regard.mixers import Dense as Dense
     from regard.mixers import DenseAttention as DenseAttention
     from regard.mixers import KNNAttention as KNNAttention
+    from regard.mixers import Multipole as Multipole
+    from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import parse_mechanism as parse_mechanism
     from regard.ops import Explanation as Explanation
     from regard.ops import SlowPathWarning as SlowPathWarning
     from regard.ops import explain as explain
+    from regard.ops import kmeans_clusters as kmeans_clusters
     from regard.ops import knn_attention as knn_attention
+    from regard.ops import multipole_attention as multipole_attention
     from regard.specs import Mechanism as Mechanism
     from regard.studies import CompareSettings as CompareSettings
     from regard.studies import compare as compare

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from regard.ops.knn.api import check_topk, keys_kept
+from regard.ops._counts import share_of
+from regard.ops.knn.api import check_topk
 
 __all__ = ["published_knn_attention"]
 
@@ -26,7 +27,7 @@ def published_knn_attention(
     """
     check_topk(topk)
     logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    largest = logits.topk(keys_kept(topk, key.shape[-2]), dim=-1).indices
+    largest = logits.topk(share_of(topk, key.shape[-2]), dim=-1).indices
     mask = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, largest, 1.0)
     hidden = torch.full_like(logits, float("-inf"))
     return torch.where(mask > 0, logits, hidden).softmax(dim=-1) @ value

@@ -3,6 +3,7 @@
 from regard.mixers._attention import AttentionMixer
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.knn import KNN, KNNAttention
+from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.specs import Mechanism, parse, registered
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Dense",
     "DenseAttention",
     "KNNAttention",
+    "Multipole",
+    "MultipoleAttention",
     "mechanisms",
     "parse_mechanism",
 ]

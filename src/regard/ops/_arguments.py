@@ -1,5 +1,6 @@
 """What operators called like scaled_dot_product_attention check of their arguments, and the form they give them."""
 
+import contextlib
 import functools
 import numbers
 from collections.abc import Callable
@@ -10,11 +11,26 @@ from torch import Tensor
 
 from regard.ops._dispatch import constant_when_traced
 
-__all__ = ["canonical_mask", "check_scale", "check_tensors", "fold", "full_precision", "lowered_for_autocast"]
+__all__ = [
+    "autocast_off",
+    "canonical_mask",
+    "check_dropout",
+    "check_scale",
+    "check_tensors",
+    "fold",
+    "full_precision",
+    "lowered_for_autocast",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise ValueError unless `dropout_p` is a probability below 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
 
 
 def check_scale(scale: float | None) -> None:
@@ -32,16 +48,17 @@ def lowered_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(lower) for tensor in tensors)
 
 
+def autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast, which would lower the products that half types are raised to float32 for."""
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else contextlib.nullcontext()
+
+
 def full_precision(function: Function) -> Function:
-    """Run `function` (its first argument a call with a `query`) without autocast, which would lower the products that
-    the PyTorch path of half types raises to float32."""
+    """Run `function`, whose first argument is a call with a `query`, without autocast."""
 
     @functools.wraps(function)
     def run(call: Any, *args: Any, **kwargs: Any) -> Any:
-        device = call.query.device.type
-        if not _has_autocast(device):
-            return function(call, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(call.query.device.type):
             return function(call, *args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -1,21 +1,18 @@
 """knn_attention: the checked entry."""
 
-import math
 import numbers
 
 import torch
 from torch import Tensor
 
-from regard.ops._arguments import canonical_mask, check_scale, check_tensors, fold, lowered_for_autocast
+from regard.ops._arguments import canonical_mask, check_dropout, check_scale, check_tensors, fold, lowered_for_autocast
+from regard.ops._counts import share_of
 from regard.ops._dispatch import Operator
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.cpu import CPUBackend
 from regard.ops.knn.eager import PyTorchBackend
 
-__all__ = ["OPERATOR", "check_topk", "keys_kept", "knn_attention"]
-
-# Products such as 0.07 * 100 come out one rounding above the whole number that was meant.
-_ROUNDING = 1.0 - 2.0**-51
+__all__ = ["OPERATOR", "check_topk", "knn_attention"]
 
 
 def check_topk(topk: int | float) -> None:
@@ -27,13 +24,6 @@ def check_topk(topk: int | float) -> None:
             raise ValueError(f"topk: a row keeps at least one key, got {topk}; give an int >= 1 or a float in (0, 1]")
     elif not 0.0 < topk <= 1.0:  # NaN lands here too
         raise ValueError(f"topk: as a fraction it must lie in (0, 1], got {topk}; give an int for a number of keys")
-
-
-def keys_kept(topk: int | float, keys: int) -> int:
-    """How many of `keys` keys a row keeps: an int is clamped, a fraction f gives ceil(f * keys)."""
-    if isinstance(topk, numbers.Integral | torch.SymInt):
-        return min(topk, keys)  # type: ignore[call-overload, no-any-return]
-    return min(math.ceil(topk * keys * _ROUNDING), keys)
 
 
 def knn_attention(
@@ -103,8 +93,7 @@ def _bind(
     """Check the arguments and bring them to one form; also the leading dimensions that were folded into the batch."""
     check_topk(topk)
     check_tensors(query, key, value, enable_gqa)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    check_dropout(dropout_p)
     check_scale(scale)
     query, key, value = lowered_for_autocast(query, key, value)
     lead = tuple(query.shape[:-3])
@@ -113,7 +102,7 @@ def _bind(
         query, key, value = (fold(tensor) for tensor in (query, key, value))
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    kept = keys_kept(topk, key.shape[2])
+    kept = share_of(topk, key.shape[2])
     return KNNCall(query, key, value, mask, kept, float(dropout_p), bool(is_causal), float(scale)), lead
 
 

@@ -1,0 +1,223 @@
+"""k-means with a fixed number of iterations from a deterministic start: the clusters of multipole attention."""
+
+import functools
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from regard.ops._arguments import autocast_off
+
+__all__ = ["KMeansClusters", "cluster_sums", "kmeans_clusters", "spread_over_grid"]
+
+# Elements of one block of distances: a few MB, whatever the number of tokens.
+_BLOCK = 1 << 20
+
+
+class KMeansClusters(NamedTuple):
+    """Args:
+    assignment: (..., N) int64, each token's cluster.
+    centroids: (..., M, C), the clusters' means before the last assignment; an empty cluster keeps its last one.
+    """
+
+    assignment: Tensor
+    centroids: Tensor
+
+
+def kmeans_clusters(
+    x: Tensor,
+    num_clusters: int,
+    *,
+    iterations: int = 2,
+    grid_size: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+) -> KMeansClusters:
+    """Group tokens around their means (Lloyd's iterations), deterministically and without gradient.
+
+    The start is one token for each cluster, spread evenly over the image or, without `grid_size`, over the sequence:
+    neighbours in an image are neighbours in feature space, too. All tokens are assigned to the nearest of them (ties:
+    lowest cluster); each iteration then moves the centroids to their clusters' means and assigns again. A cluster that
+    lost its tokens stays where it was, and may gain some again. With as many clusters as tokens each token is its own.
+
+    Args:
+        x: (..., N, C) tokens. Half types are computed in float32.
+        num_clusters: M, from 1 to N.
+        iterations: how often the centroids move, 0 or more.
+        grid_size: the grid of the N tokens, of any rank; spreads the start over it.
+        mask: (..., N) boolean, broadcastable: tokens that are False neither start nor move a centroid (the start is
+            then spread over the sequence of the others); they are assigned, too.
+
+    Returns:
+        assignment and centroids; O(N C + M C) memory beside one block of distances.
+
+    Raises:
+        TypeError: x is no floating tensor; num_clusters or iterations is no int; mask is not boolean.
+        ValueError: num_clusters or iterations out of range, grid_size or mask does not fit.
+    """
+    _check(x, num_clusters, iterations, mask)
+    tokens = x.shape[-2]
+    if grid_size is not None and math.prod(grid_size) != tokens:
+        raise ValueError(f"grid_size: {tuple(grid_size)} has {math.prod(grid_size)} cells, x has {tokens} tokens")
+    lead = x.shape[:-2]
+    folded = x.detach().reshape(-1, *x.shape[-2:])
+    if mask is not None:
+        mask = mask.expand(*lead, tokens).reshape(-1, tokens)
+    grid = None if grid_size is None else list(grid_size)
+    assignment, centroids = torch.ops.regard.kmeans(folded, mask, num_clusters, iterations, grid)
+    return KMeansClusters(assignment.reshape(*lead, tokens), centroids.reshape(*lead, num_clusters, x.shape[-1]))
+
+
+def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x: expected a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected (..., tokens, channels), got shape {tuple(x.shape)}")
+    for name, count, least in (("num_clusters", num_clusters, 1), ("iterations", iterations, 0)):
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral | torch.SymInt):
+            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+        if count < least:
+            raise ValueError(f"{name}: expected at least {least}, got {count}")
+    if num_clusters > x.shape[-2]:
+        raise ValueError(f"num_clusters: {num_clusters} clusters of {x.shape[-2]} tokens; give at most one a token")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a boolean tensor (True = counts), got {found}")
+        full = tuple(x.shape[:-1])
+        if mask.dim() > len(full) or any(m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+            raise ValueError(f"mask: shape {tuple(mask.shape)} does not broadcast to (..., N) = {full}")
+
+
+@functools.lru_cache(maxsize=256)
+def spread_over_grid(grid_size: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """`count` cells of a grid, spread evenly over it: flat indices.
+
+    The grid is halved along its longest side, and the count shared in proportion, until one cell of each part is asked
+    for: the middle one.
+    """
+    found: list[int] = []
+
+    def divide(low: tuple[int, ...], high: tuple[int, ...], share: int) -> None:
+        if share == 1:
+            flat = 0
+            for first, last, size in zip(low, high, grid_size, strict=True):
+                flat = flat * size + (first + last) // 2
+            found.append(flat)
+            return
+        sides = [last - first for first, last in zip(low, high, strict=True)]
+        axis = max(range(len(sides)), key=lambda i: sides[i])
+        middle = (low[axis] + high[axis]) // 2
+        cells = math.prod(sides)
+        left = cells // sides[axis] * (middle - low[axis])
+        # No part gets more than its cells, or nothing.
+        mine = min(max(round(share * left / cells), share - (cells - left), 1), left, share - 1)
+        divide(low, (*high[:axis], middle, *high[axis + 1 :]), mine)
+        divide((*low[:axis], middle, *low[axis + 1 :]), high, share - mine)
+
+    divide((0,) * len(grid_size), tuple(grid_size), count)
+    return tuple(found)
+
+
+def _start(x: Tensor, mask: Tensor | None, num_clusters: int, grid_size: list[int] | None) -> Tensor:
+    """(B, M) indices of the tokens from which the centroids start."""
+    batch, tokens, _ = x.shape
+    if mask is None:
+        spread = spread_over_grid(tuple(grid_size) if grid_size else (tokens,), num_clusters)
+        return torch.tensor(spread, device=x.device).expand(batch, num_clusters)
+    order = torch.argsort(mask, dim=-1, descending=True, stable=True)
+    steps = torch.arange(num_clusters, device=x.device)
+    return order.gather(1, (2 * steps + 1) * mask.sum(dim=-1, keepdim=True) // (2 * num_clusters))
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """(B, N) nearest centroids, in blocks of tokens: argmin of |c|^2 - 2 x c."""
+    squares = centroids.square().sum(dim=-1).unsqueeze(1)
+    rows = max(1, _BLOCK // max(1, x.shape[0] * centroids.shape[1]))
+    transposed = centroids.mT
+    parts = [torch.baddbmm(squares, part, transposed, alpha=-2).argmin(dim=-1) for part in x.split(rows, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _move(x: Tensor, counted: Tensor | None, assignment: Tensor, centroids: Tensor) -> Tensor:
+    """The means of the clusters; where one has no tokens, its centroid as it was."""
+    sums, counts = cluster_sums(x if counted is None else x * counted, assignment, centroids.shape[1])
+    if counted is not None:
+        counts = cluster_sums(counted, assignment, centroids.shape[1])[0].squeeze(-1)
+    return torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centroids)
+
+
+def cluster_sums(x: Tensor, assignment: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum and number of each cluster's tokens.
+
+    Args:
+        x: (B, N, C). assignment: (B, N).
+
+    Returns:
+        (B, M, C) and (B, M), in x's dtype. In a fixed order of summation on the processor; elsewhere as deterministic
+        as torch's index_add, which obeys torch.use_deterministic_algorithms.
+    """
+    batch, _, channels = x.shape
+    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * num_clusters
+    flat = (assignment + offsets).flatten()
+    sums = x.new_zeros(batch * num_clusters, channels)
+    rows = x.reshape(-1, channels)
+    if x.device.type == "cpu":  # several times faster here than index_add
+        sums = sums.scatter_add(0, flat.unsqueeze(-1).expand(-1, channels), rows)
+    else:
+        sums = sums.index_add(0, flat, rows)
+    counts = torch.zeros(batch * num_clusters, device=x.device, dtype=x.dtype)
+    counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=x.dtype))
+    return sums.unflatten(0, (batch, num_clusters)), counts.unflatten(0, (batch, num_clusters))
+
+
+torch.library.define(
+    "regard::kmeans",
+    "(Tensor x, Tensor? mask, SymInt num_clusters, int iterations, SymInt[]? grid_size)"
+    " -> (Tensor assignment, Tensor centroids)",
+)
+
+
+def _kmeans(
+    x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    with autocast_off(x.device.type):
+        x = x.to(compute)
+        if num_clusters == x.shape[1]:
+            return torch.arange(num_clusters, device=x.device).repeat(x.shape[0], 1), x.clone()
+        # Distances do not change with the origin; near the mean they lose fewest digits.
+        counted = None if mask is None else mask.unsqueeze(-1).to(compute)
+        seen = x.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
+        origin = (x if counted is None else x * counted).sum(dim=1, keepdim=True) / seen
+        x = x - origin
+        centroids = x.gather(1, _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        assignment = _assign(x, centroids)
+        for _ in range(iterations):
+            centroids = _move(x, counted, assignment, centroids)
+            assignment = _assign(x, centroids)
+    return assignment, centroids + origin
+
+
+@torch.library.register_fake("regard::kmeans")
+def _fake(
+    x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    assignment = x.new_empty(x.shape[:2], dtype=torch.int64)
+    return assignment, x.new_empty((x.shape[0], num_clusters, x.shape[2]), dtype=compute)
+
+
+torch.library.impl("regard::kmeans", "CompositeExplicitAutograd", _kmeans)
+
+
+@register_flop_formula(torch.ops.regard.kmeans)
+def kmeans_flops(
+    x: tuple[int, ...], mask: object, num_clusters: int, iterations: int, *rest: object, **kwargs: object
+) -> int:
+    """The distances' products, once for each assignment: 2 N M C."""
+    batch, tokens, channels = x
+    return 2 * batch * tokens * num_clusters * channels * (iterations + 1)

@@ -1,0 +1,103 @@
+"""The specification of multipole attention, differentiable by autograd. All else is checked against it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.ops._arguments import full_precision
+from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
+from regard.ops.clustering.kmeans import cluster_sums
+from regard.ops.multipole.call import MultipoleCall
+
+__all__ = ["FarField", "cluster_logits", "far_field", "key_logits", "multipole_attention_reference", "row_weights"]
+
+Select = Callable[[Tensor, int], Tensor]
+
+
+class FarField(NamedTuple):
+    """What is left of each cluster when seen from afar, over its visible keys.
+
+    Args:
+        log_count: (B, H_kv, C), -inf for an empty cluster.
+        key, variance: (B, H_kv, C, D), mean and variance of its keys in each dimension.
+        value: (B, H_kv, C, D_v), mean of its values.
+    """
+
+    log_count: Tensor
+    key: Tensor
+    variance: Tensor
+    value: Tensor
+
+
+def far_field(call: MultipoleCall) -> FarField:
+    """The clusters' moments; means and variances carry gradient to keys and values."""
+    prefix, clusters, heads = call.num_prefix_tokens, call.num_clusters, call.key.shape[1]
+    key, value = (raised(t)[:, :, prefix:].flatten(0, 1) for t in (call.key, call.value))
+    assignment = call.clusters.flatten(0, 1)
+    shown = torch.ones_like(key[..., :1])
+    if call.visible is not None:
+        shown = call.visible.expand(call.key.shape[:-1])[:, :, prefix:].flatten(0, 1).unsqueeze(-1).to(key.dtype)
+
+    def mean(x: Tensor) -> Tensor:
+        return cluster_sums(x * shown, assignment, clusters)[0] / counts.clamp(min=1)
+
+    counts = cluster_sums(shown, assignment, clusters)[0]
+    mean_key, mean_value = mean(key), mean(value)
+    own = mean_key.gather(1, assignment.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
+    variance = mean((key - own).square())
+    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value)
+    return FarField(*(part.unflatten(0, (-1, heads)) for part in parts))
+
+
+def cluster_logits(call: MultipoleCall, field: FarField, rows: Tensor) -> Tensor:
+    """(B, H_kv, R, C) logits of whole clusters: the logarithm of the mass that their keys are estimated to have.
+
+    For keys spread around mu with variance v, sum_j exp(q . k_j) is n exp(q . mu + q^T diag(v) q / 2 + ...).
+    """
+    rows = rows * call.scale
+    logits = rows @ field.key.mT + field.log_count.unsqueeze(2)
+    return logits + 0.5 * (rows.square() @ field.variance.mT) if call.second_order else logits
+
+
+def key_logits(call: MultipoleCall, rows: Tensor) -> Tensor:
+    """(B, H_kv, R, M) logits of keys; hidden ones are -inf."""
+    logits = (rows * call.scale) @ raised(call.key).mT
+    return logits if call.visible is None else logits.masked_fill(~call.visible.unsqueeze(2), float("-inf"))
+
+
+def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+    """Attention of non-prefix queries.
+
+    Args:
+        rows: (B, H_kv, R, D) queries, raised. select: answers which clusters a row resolves.
+
+    Returns:
+        logits (B, H_kv, R, M + C) of all keys and all clusters, and which of them count: prefix keys, keys of near
+        clusters, and the other clusters.
+    """
+    far = cluster_logits(call, field, rows)
+    near = select(far.detach(), call.near)
+    of_key = near.gather(-1, call.clusters.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
+    prefix = of_key.new_ones((*of_key.shape[:-1], call.num_prefix_tokens))
+    logits = torch.cat([key_logits(call, rows), far], dim=-1)
+    counted = torch.cat([prefix, of_key, ~near], dim=-1)
+    return logits, counted & (logits != float("-inf"))
+
+
+@full_precision
+def multipole_attention_reference(call: MultipoleCall, select: Select = kept_by_stable_sort) -> Tensor:
+    """(B, H, N, D_v) output of a checked call with its clusters; `select` answers which clusters a row resolves."""
+    prefix = call.num_prefix_tokens
+    query, value = raised(call.query), raised(call.value)
+    first = key_logits(call, call.grouped(query[:, :, :prefix]))
+    outputs = [call.ungrouped(_dropped(call, softmax_of_kept(first, first != float("-inf"))) @ value)]
+    field = far_field(call)
+    soft = softmax_of_kept(*row_weights(call, field, call.grouped(query[:, :, prefix:]), select))
+    outputs.append(call.ungrouped(_dropped(call, soft) @ torch.cat([value, field.value], dim=2)))
+    return torch.cat(outputs, dim=2).to(call.query.dtype)
+
+
+def _dropped(call: MultipoleCall, soft: Tensor) -> Tensor:
+    return torch.nn.functional.dropout(soft, call.dropout_p) if call.dropout_p > 0.0 else soft
