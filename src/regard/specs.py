@@ -68,8 +68,12 @@ class Mechanism:
         """
         raise NotImplementedError
 
-    def attn_layer(self) -> "type[nn.Module]":
-        """The mixer class with this mechanism's options bound: a timm `attn_layer`."""
+    def attn_layer(self, **options: Any) -> "type[nn.Module]":
+        """The mixer class with this mechanism's options bound: a timm `attn_layer`.
+
+        Args:
+            options: further arguments of the mixer, such as num_prefix_tokens=1.
+        """
         raise NotImplementedError
 
 

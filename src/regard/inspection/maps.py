@@ -13,15 +13,12 @@ from regard.specs import nearest
 
 __all__ = ["attention_maps"]
 
-# Value columns read in one call of the mechanism; kernels take head dims of 8 to 256.
-_WIDEST, _NARROWEST = 256, 8
-
 
 def attention_maps(model: nn.Module, images: Tensor, *, layer: int | str = -1) -> Tensor:
     """The exact weights with which one layer of a model mixed its tokens.
 
-    The mechanism itself is asked: attention is linear in its values, so identity values hand back the weights. The
-    model is run once in evaluation mode and left as found: training flags, buffers, random state.
+    The mixer itself is asked (`attention_weights`), for the input that the model gave it. The model is run once in
+    evaluation mode and left as found: training flags, buffers, random state.
 
     Args:
         model: a model with regard's attention mixers in it.
@@ -42,9 +39,9 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int | str = -1) -
     with _left_as_found(model, images.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         with _recorded(mixer) as record:
             model(images)
-        if record.query is None or record.key is None:
+        if record.args is None:
             raise RuntimeError(f"layer: the model's forward did not call {name!r}; choose a mixer that it calls")
-        return _weights(mixer, record.query, record.key, record.options)
+        return mixer.attention_weights(*record.args, **record.options)
 
 
 def _find(model: nn.Module, layer: int | str) -> tuple[str, AttentionMixer]:
@@ -66,38 +63,25 @@ def _find(model: nn.Module, layer: int | str) -> tuple[str, AttentionMixer]:
 
 @dataclass
 class _Record:
-    """What a mixer's `attend` was last called with, values aside."""
+    """What a mixer was last called with."""
 
-    query: Tensor | None = None
-    key: Tensor | None = None
+    args: tuple[Any, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
 def _recorded(mixer: AttentionMixer) -> Iterator[_Record]:
-    """Within this context the mixer's `attend` leaves a record of its last call."""
-    record, attend = _Record(), mixer.attend
+    """Within this context the mixer leaves a record of its last call."""
+    record = _Record()
 
-    def recorder(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid_size: tuple[int, ...] | None,
-    ) -> Tensor:
-        record.query, record.key = query, key
-        record.options = {"attn_mask": attn_mask, "is_causal": is_causal, "grid_size": grid_size}
-        return attend(query, key, value, **record.options)
+    def recorder(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        record.args, record.options = args, options
 
-    before = vars(mixer).get("attend")
-    vars(mixer)["attend"] = recorder
+    hook = mixer.register_forward_pre_hook(recorder, with_kwargs=True)
     try:
         yield record
     finally:
-        del vars(mixer)["attend"]
-        if before is not None:
-            vars(mixer)["attend"] = before
+        hook.remove()
 
 
 @contextmanager
@@ -117,16 +101,3 @@ def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-
-
-def _weights(mixer: AttentionMixer, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
-    """attend(query, key, identity), a few columns of the identity at a time."""
-    batch, heads, keys, _ = key.shape
-    identity = torch.eye(keys, device=key.device, dtype=key.dtype)
-    parts = []
-    for columns in identity.split(_WIDEST, dim=1):
-        width = columns.shape[1]
-        padded = nn.functional.pad(columns, (0, max(_NARROWEST - width, 0)))
-        value = padded.expand(batch, heads, *padded.shape)
-        parts.append(mixer.attend(query, key, value, **options)[..., :width])
-    return torch.cat(parts, dim=-1)

@@ -14,6 +14,9 @@ from regard.specs import nearest
 
 __all__ = ["AttentionMixer", "resolve_grid"]
 
+# Value columns read in one call of the mechanism; kernels take head dims of 8 to 256.
+_WIDEST, _NARROWEST = 256, 8
+
 
 def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: Sequence[int] | None) -> tuple[int, ...]:
     """The tokens' grid: as given, or a square inferred from the number of tokens.
@@ -96,7 +99,7 @@ def _option_names(mixer: "type[AttentionMixer]") -> set[str]:
 
 
 class AttentionMixer(nn.Module):
-    """Multi-head self-attention whose mechanism a subclass supplies in `attend`.
+    """Multi-head self-attention whose mechanism a subclass supplies in `attend` (or, between other tokens, in `mix`).
 
     Parameters are named as in timm's `Attention` (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`), so weights of
     dense attention load unchanged wherever the mechanism adds none. The arguments are timm's too, in timm's order.
@@ -200,10 +203,46 @@ class AttentionMixer(nn.Module):
     ) -> Tensor:
         """(B, H, N, D) each -> (B, H, N, D): the mechanism.
 
-        Must be linear in `value` (regard.inspection reads the weights off an identity). `grid_size` is None unless
+        Must be linear in `value` (`attention_weights` reads them off an identity). `grid_size` is None unless
         `needs_grid` or the caller gave it; dropout of the weights is `self.dropout_p`.
         """
         raise NotImplementedError
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> queries, keys and values, (B, H, N, D) each, normed as asked for."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return self.q_norm(query), self.k_norm(key), value
+
+    def mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, grid_size: tuple[int, ...] | None) -> Tensor:
+        """(B, N, C) -> (B, H, N, D): the mechanism between the tokens and the output's norm, gate and projection.
+
+        A mechanism whose keys are not a projection of each token overrides this, and `attention_weights` with it.
+        """
+        return self.attend(*self.heads(x), attn_mask, is_causal, grid_size)
+
+    def attention_weights(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        grid_size: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """(B, H, N, N): the weights with which `forward`, called likewise, mixes its tokens; row i is query i's.
+
+        Attention is linear in its values, so identity values hand back the weights, some columns at a time.
+        """
+        grid_size = self._grid(x, grid_size)
+        query, key, _ = self.heads(x)
+        batch, heads, keys, _ = key.shape
+        parts = []
+        for columns in torch.eye(keys, device=key.device, dtype=key.dtype).split(_WIDEST, dim=1):
+            width = columns.shape[1]
+            value = nn.functional.pad(columns, (0, max(_NARROWEST - width, 0)))
+            value = value.expand(batch, heads, *value.shape)
+            parts.append(self.attend(query, key, value, attn_mask, is_causal, grid_size)[..., :width])
+        return torch.cat(parts, dim=-1)
 
     @property
     def dropout_p(self) -> float:
@@ -233,17 +272,18 @@ class AttentionMixer(nn.Module):
             ValueError: x is not (B, N, C), or the grid does not fit.
             TypeError: grid_size is no sequence of integers.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected (batch, tokens, {self.dim}), got shape {tuple(x.shape)}")
-        batch, tokens, _ = x.shape
-        if self.needs_grid or grid_size is not None:
-            grid_size = resolve_grid(tokens, self.num_prefix_tokens, grid_size)
+        grid_size = self._grid(x, grid_size)
         gate = torch.sigmoid(self.gate(x)) if self.gate is not None else None
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
-        mixed = self.attend(query, key, value, attn_mask, is_causal, grid_size)
-        mixed = self.norm(mixed.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        mixed = self.mix(x, attn_mask, is_causal, grid_size)
+        mixed = self.norm(mixed.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
         if gate is not None:
             mixed = mixed * gate
         return self.proj_drop(self.proj(mixed))
+
+    def _grid(self, x: Tensor, grid_size: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """The tokens' grid where it is needed or given, once x is known to be one that this mixer takes."""
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (batch, tokens, {self.dim}), got shape {tuple(x.shape)}")
+        if not self.needs_grid and grid_size is None:
+            return None
+        return resolve_grid(x.shape[1], self.num_prefix_tokens, grid_size)

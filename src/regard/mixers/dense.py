@@ -78,5 +78,5 @@ class Dense(Mechanism):
         options.pop("num_prefix_tokens", None)
         return _attend(query, key, value, **options)
 
-    def attn_layer(self) -> type[nn.Module]:
-        return DenseAttention
+    def attn_layer(self, **options: Any) -> type[nn.Module]:
+        return DenseAttention.bind(**options) if options else DenseAttention

@@ -114,5 +114,5 @@ class KNN(Mechanism):
         options.pop("num_prefix_tokens", None)
         return knn_attention(query, key, value, topk=self.topk, **options)
 
-    def attn_layer(self) -> type[nn.Module]:
-        return KNNAttention.bind(topk=self.topk)
+    def attn_layer(self, **options: Any) -> type[nn.Module]:
+        return KNNAttention.bind(topk=self.topk, **options)
