@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _EXPORTS = {
+    "density_peak_clusters": "regard.ops",
     "kmeans_clusters": "regard.ops",
+    "merge_tokens": "regard.ops",
     "knn_attention": "regard.ops",
     "multipole_attention": "regard.ops",
     "explain": "regard.ops",
@@ -46,9 +48,11 @@ if TYPE_CHECKING:
     from regard.mixers import parse_mechanism as parse_mechanism
     from regard.ops import Explanation as Explanation
     from regard.ops import SlowPathWarning as SlowPathWarning
+    from regard.ops import density_peak_clusters as density_peak_clusters
     from regard.ops import explain as explain
     from regard.ops import kmeans_clusters as kmeans_clusters
     from regard.ops import knn_attention as knn_attention
+    from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
     from regard.specs import Mechanism as Mechanism
     from regard.studies import CompareSettings as CompareSettings

@@ -19,6 +19,7 @@ __all__ = [
     "check_tensors",
     "fold",
     "full_precision",
+    "key_mask",
     "lowered_for_autocast",
 ]
 
@@ -128,3 +129,38 @@ def canonical_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def fold(tensor: Tensor) -> Tensor:
     """(..., H, N, D) -> (B, H, N, D); a view wherever the strides allow it."""
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor.flatten(0, -4)
+
+
+def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B, M): which keys a mask leaves to all queries and heads of an image. For mechanisms that merge keys.
+
+    Args:
+        mask: boolean (True = attend), broadcastable to `shape`, with 1 in the places of heads and queries, or one row
+            expanded along them.
+        shape: (..., H, N, M); the leading dimensions are folded to B.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: it is on another device, does not broadcast, or may differ between queries or heads.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"attn_mask: expected a boolean tensor (True = attend), got {found}; keys that are merged into one cannot "
+            "each have a bias"
+        )
+    if mask.device != device:
+        raise ValueError(f"attn_mask: on {mask.device}, the query on {device}; move one of them")
+    missing = len(shape) - mask.dim()
+    aligned = (1,) * max(missing, 0) + tuple(mask.shape)
+    if missing < 0 or any(size not in (1, whole) for size, whole in zip(aligned, shape, strict=False)):
+        raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., H, 1, M) = {shape}")
+    mask = mask.expand(aligned)
+    for place, what in ((-2, "queries"), (-3, "heads")):
+        if mask.shape[place] != 1 and mask.stride(place) != 0:
+            raise ValueError(
+                f"attn_mask: shape {tuple(mask.shape)} may differ between {what}, but a cluster is seen whole or not "
+                "at all, by all alike; give a mask (..., 1, 1, M) that hides keys from all"
+            )
+        mask = mask.narrow(place, 0, min(mask.shape[place], 1))
+    return mask.expand(*shape[:-3], 1, 1, shape[-1]).reshape(-1, shape[-1])
