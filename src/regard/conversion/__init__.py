@@ -9,17 +9,23 @@ _EXPORTS = {
     "Features": "regard.conversion.fidelity",
     "FidelityMeter": "regard.conversion.fidelity",
     "compare_models": "regard.conversion.fidelity",
+    "convert": "regard.conversion.api",
+    "converted": "regard.conversion.api",
     "features_of": "regard.conversion.fidelity",
     "head_fidelity": "regard.conversion.layers",
     "measure_fidelity": "regard.conversion.fidelity",
     "patch_cosines": "regard.conversion.fidelity",
     "picture_fidelity": "regard.conversion.fidelity",
     "record_attention": "regard.conversion.layers",
+    "restore": "regard.conversion.api",
 }
 
 __all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
+    from regard.conversion.api import convert as convert
+    from regard.conversion.api import converted as converted
+    from regard.conversion.api import restore as restore
     from regard.conversion.fidelity import Features as Features
     from regard.conversion.fidelity import FidelityMeter as FidelityMeter
     from regard.conversion.fidelity import compare_models as compare_models
