@@ -1,18 +1,9 @@
-// What the dispatcher hands to the k-NN attention kernels. Plain pointers and element strides: no torch in the kernels.
+// What the dispatcher hands to the k-NN attention kernels.
 #pragma once
 
-#include <cstdint>
+#include "tensors.h"
 
 namespace regard {
-
-enum class DType { kFloat32, kBFloat16, kFloat16 };
-
-// (batch, head, token, channel), strides in elements
-struct Tensor4 {
-  char* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-  DType dtype = DType::kFloat32;
-};
 
 enum class MaskKind { kNone, kBool, kFloat };
 
@@ -38,25 +29,16 @@ struct KnnGradients {
   float* grad_mask = nullptr;  // contiguous, of the mask's own size; null if it is not wanted
 };
 
-// A piece of work: query rows [row_begin, row_end) of the `heads / key_heads` query heads that share one key head.
-struct KnnUnit {
-  int64_t batch, key_head, row_begin, row_end;
-};
-
 // One instruction set's kernels. Each call works on units [begin, end) with scratch memory of its own.
 struct KnnKernels {
-  void (*forward)(const KnnProblem&, const KnnUnit* units, int64_t count);
+  void (*forward)(const KnnProblem&, const Unit* units, int64_t count);
   // Partial sums of grad_key and grad_value, (count, keys, padded dims) in float32, where `partial` is not null: several
   // units then share a key head, and their sums are added in a fixed order afterwards.
-  void (*backward)(const KnnProblem&, const KnnGradients&, const KnnUnit* units, int64_t count, float* partial);
-  void (*reduce)(const KnnProblem&, const KnnGradients&, const KnnUnit& unit, float* partial, int64_t parts);
+  void (*backward)(const KnnProblem&, const KnnGradients&, const Unit* units, int64_t count, float* partial);
+  void (*reduce)(const KnnProblem&, const KnnGradients&, const Unit& unit, float* partial, int64_t parts);
   // Float mask's gradient for mask batch and head (b, h), rows [row_begin, row_end).
   void (*mask_gradient)(const KnnProblem&, const KnnGradients&, int64_t b, int64_t h, int64_t row_begin, int64_t row_end);
   int64_t (*partial_size)(const KnnProblem&);  // floats a unit
 };
-
-const KnnKernels& knn_plain();
-const KnnKernels& knn_avx2();
-const KnnKernels& knn_avx512();
 
 }  // namespace regard

@@ -2,17 +2,6 @@
 // only the kept keys. Included inside an instruction set's namespace, after knn_kernels.h.
 #pragma once
 
-static REGARD_INLINE float dot(const float* a, const float* b, int64_t n) {
-  Vec::F even = Vec::zero(), odd = Vec::zero();
-  int64_t c = 0;
-  for (; c + 2 * W <= n; c += 2 * W) {
-    even = Vec::fma(Vec::load(a + c), Vec::load(b + c), even);
-    odd = Vec::fma(Vec::load(a + c + W), Vec::load(b + c + W), odd);
-  }
-  if (c < n) even = Vec::fma(Vec::load(a + c), Vec::load(b + c), even);
-  return Vec::sum(Vec::add(even, odd));
-}
-
 // What the backward needs of one key head: rows of floats, padded to whole vectors.
 struct HeadMemory {
   float *panels, *keys, *values, *rows;
@@ -151,21 +140,6 @@ class BackwardTile {
   const Layout& layout_;
 };
 
-// Adds factor * row to the rows of the kept keys, NV vectors of channels at a time.
-template <int NV>
-static REGARD_INLINE void scatter(
-    const float* factor, const int32_t* indices, int64_t begin, int64_t end, const float* row, float* rows, int64_t ld) {
-  Vec::F x[NV];
-#pragma GCC unroll 4
-  for (int c = 0; c < NV; ++c) x[c] = Vec::load(row + c * W);
-  for (int64_t i = begin; i < end; ++i) {
-    float* target = rows + indices[i] * ld;
-    const Vec::F f = Vec::set1(factor[i]);
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) Vec::store(target + c * W, Vec::fma(f, x[c], Vec::load(target + c * W)));
-  }
-}
-
 static void backward_tile(
     const KnnProblem& p, const KnnGradients& grads, const Layout& l, BackwardTile& back,
     const HeadMemory& memory, HeadGradients& sums, float* grad_query, int64_t batch, int64_t head, int64_t first, int64_t count) {
@@ -195,7 +169,7 @@ static void backward_tile(
 }
 
 // `sums` holds the keys' rows, then the values'.
-static void store_head(const KnnProblem& p, const KnnGradients& grads, const Layout& l, const KnnUnit& u, const float* sums) {
+static void store_head(const KnnProblem& p, const KnnGradients& grads, const Layout& l, const Unit& u, const float* sums) {
   const Tensor4 &gk = grads.grad_key, &gv = grads.grad_value;
   const float* values = sums + p.keys * l.dim_padded;
   for (int64_t m = 0; m < p.keys; ++m) {
@@ -208,7 +182,7 @@ static void store_head(const KnnProblem& p, const KnnGradients& grads, const Lay
 static int64_t partial_size(const KnnProblem& p) { return HeadGradients::size(p, Layout(p)); }
 
 static void backward(
-    const KnnProblem& p, const KnnGradients& grads, const KnnUnit* units, int64_t count, float* partial) {
+    const KnnProblem& p, const KnnGradients& grads, const Unit* units, int64_t count, float* partial) {
   const Layout l(p);
   Scratch scratch(BackwardTile::floats(p, l) + HeadMemory::floats(p, l) + HeadGradients::floats(p, l) +
                   l.rows * l.dim_padded + 256);
@@ -217,7 +191,7 @@ static void backward(
   HeadGradients sums(p, l, scratch);
   float* grad_query = scratch.take(l.rows * l.dim_padded);
   const int64_t group = p.heads / p.key_heads;
-  for (const KnnUnit* u = units; u < units + count; ++u) {
+  for (const Unit* u = units; u < units + count; ++u) {
     memory.load(p, l, u->batch, u->key_head);
     sums.clear();
     int64_t run = 0;
@@ -241,7 +215,7 @@ static void backward(
 }
 
 // Adds the partial sums of one key head in the order of its units, so that the result is the same every time.
-static void reduce(const KnnProblem& p, const KnnGradients& grads, const KnnUnit& unit, float* partial, int64_t parts) {
+static void reduce(const KnnProblem& p, const KnnGradients& grads, const Unit& unit, float* partial, int64_t parts) {
   const Layout l(p);
   const int64_t size = partial_size(p);
   for (int64_t part = 1; part < parts; ++part)

@@ -1,29 +1,6 @@
 // k-NN attention, forward and backward, over tiles of query rows. No buffer of N x M: a tile holds a few rows of logits.
-// Included inside an instruction set's namespace, after knn_rows.h.
+// Included inside an instruction set's namespace, after selection.h.
 #pragma once
-
-// A thread's memory, carved from one allocation.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : size_(round_up(floats, 64) + 64) {
-    base_ = static_cast<float*>(::operator new(size_ * sizeof(float), std::align_val_t(64)));
-#ifdef REGARD_POISON
-    for (int64_t i = 0; i < size_; ++i) base_[i] = kNaN;  // nothing may depend on what was never written
-#endif
-  }
-  ~Scratch() { ::operator delete(base_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* take(int64_t floats) {
-    float* p = base_ + used_;
-    used_ += round_up(floats, 16);
-    return p;
-  }
-
- private:
-  int64_t size_, used_ = 0;
-  float* base_;
-};
 
 // Sizes that a problem's tiles have.
 struct Layout {
@@ -259,77 +236,6 @@ static RowState forward_dense(Tile& tile, int64_t r, int64_t columns, const RowS
   return state;
 }
 
-// out[0 .. NV vectors) += weights of list entries [begin, end) times their value rows, two entries in flight. Sums start
-// from zero in each block of keys: adding short sums rounds less than one long chain.
-template <int NV>
-static REGARD_INLINE void gather(
-    const float* p, const int32_t* indices, int64_t begin, int64_t end, const float* values, int64_t ld, float* out) {
-  Vec::F even[NV], odd[NV];
-#pragma GCC unroll 8
-  for (int c = 0; c < NV; ++c) even[c] = odd[c] = Vec::zero();
-  int64_t i = begin;
-  for (; i + 2 <= end; i += 2) {
-    const float *a = values + indices[i] * ld, *b = values + indices[i + 1] * ld;
-    const Vec::F x = Vec::set1(p[i]), y = Vec::set1(p[i + 1]);
-#pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) {
-      even[c] = Vec::fma(x, Vec::load(a + c * W), even[c]);
-      odd[c] = Vec::fma(y, Vec::load(b + c * W), odd[c]);
-    }
-  }
-  if (i < end) {
-    const float* a = values + indices[i] * ld;
-    const Vec::F x = Vec::set1(p[i]);
-#pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) even[c] = Vec::fma(x, Vec::load(a + c * W), even[c]);
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < NV; ++c) Vec::store(out + c * W, Vec::add(Vec::load(out + c * W), Vec::add(even[c], odd[c])));
-}
-
-// kMixRows rows of weights times values of keys [begin, end), added to NV vectors of each output row.
-template <int NV>
-static REGARD_INLINE void mix(
-    const float* p, int64_t ldp, const float* values, int64_t ld, int64_t begin, int64_t end, float* out, int64_t ldo) {
-  constexpr int R = Vec::kMixRows;
-  Vec::F acc[R][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) acc[r][c] = Vec::zero();
-  for (int64_t m = begin; m < end; ++m) {
-    Vec::F v[NV];
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) v[c] = Vec::load(values + m * ld + c * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec::F x = Vec::set1(p[r * ldp + m]);
-#pragma GCC unroll 4
-      for (int c = 0; c < NV; ++c) acc[r][c] = Vec::fma(x, v[c], acc[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) {
-      float* target = out + r * ldo + c * W;
-      Vec::store(target, Vec::add(Vec::load(target), acc[r][c]));
-    }
-}
-
-// Calls f<NV>(first channel) over the channels in pieces of at most four vectors.
-template <class F>
-static REGARD_INLINE void by_channels(int64_t padded, const F& f) {
-  int64_t c = 0;
-  for (; c + 4 * W <= padded; c += 4 * W) f(std::integral_constant<int, 4>(), c);
-  switch ((padded - c) / W) {
-    case 3: f(std::integral_constant<int, 3>(), c); break;
-    case 2: f(std::integral_constant<int, 2>(), c); break;
-    case 1: f(std::integral_constant<int, 1>(), c); break;
-    default: break;
-  }
-}
-
 // Calls f(row, begin, end) for the list entries of each row that lie in a block of keys, block after block.
 template <class F>
 static REGARD_INLINE void by_key_blocks(
@@ -403,7 +309,7 @@ static void forward_tile(
   }
 }
 
-static void forward(const KnnProblem& p, const KnnUnit* units, int64_t count) {
+static void forward(const KnnProblem& p, const Unit* units, int64_t count) {
   const Layout l(p);
   Scratch scratch(Tile::floats(p, l) + l.keys_padded * (p.dim + l.value_padded) + NR * l.dim_padded +
                   l.rows_padded * l.value_padded + 256);
@@ -413,7 +319,7 @@ static void forward(const KnnProblem& p, const KnnUnit* units, int64_t count) {
   float* rows = scratch.take(NR * l.dim_padded);
   float* out = scratch.take(l.rows_padded * l.value_padded);
   const int64_t group = p.heads / p.key_heads;
-  for (const KnnUnit* u = units; u < units + count; ++u) {
+  for (const Unit* u = units; u < units + count; ++u) {
     pack_panels(p.key, u->batch, u->key_head, p.keys, p.dim, rows, panels);
     pack_rows(p.value, u->batch, u->key_head, p.keys, p.value_dim, l.value_padded, values);
     for (int64_t g = 0; g < group; ++g) {

@@ -19,6 +19,7 @@ __all__ = [
     "check_tensors",
     "fold",
     "full_precision",
+    "heads_last",
     "key_mask",
     "lowered_for_autocast",
 ]
@@ -164,3 +165,9 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tens
             )
         mask = mask.narrow(place, 0, min(mask.shape[place], 1))
     return mask.expand(*shape[:-3], 1, 1, shape[-1]).reshape(-1, shape[-1])
+
+
+def heads_last(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Empty (B, H, N, D) laid out as (B, N, H, D): joining the heads afterwards is then a view, as after SDPA."""
+    batch, heads, tokens, dim = shape
+    return tensor.new_empty((batch, tokens, heads, dim)).transpose(1, 2)

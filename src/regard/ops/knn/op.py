@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
+from regard.ops._arguments import heads_last
 from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.eager import attend_with_state, gradients
@@ -38,19 +39,13 @@ _backward_op = torch.ops.regard.knn_attention_backward.default
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _like_heads_last(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Empty (B, H, N, D) laid out as (B, N, H, D): joining the heads afterwards is then a view, as after SDPA."""
-    batch, heads, tokens, dim = shape
-    return tensor.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-
-
 @torch.library.register_fake("regard::knn_attention")
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, topk: int, is_causal: bool, scale: float
 ) -> State:
     rows = query.shape[:-1]
     state = torch.promote_types(query.dtype, torch.float32)
-    output = _like_heads_last(query, (*rows, value.shape[-1]))
+    output = heads_last(query, (*rows, value.shape[-1]))
     lse = query.new_empty(rows, dtype=state)
     return output, lse, torch.empty_like(lse), query.new_empty(rows, dtype=torch.int32)
 
@@ -71,7 +66,7 @@ def _fake_backward(
     mask_gradient: bool,
 ) -> State:
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else query.new_empty(0)
-    grads = tuple(_like_heads_last(t, tuple(t.shape)) for t in (query, key, value))
+    grads = tuple(heads_last(t, tuple(t.shape)) for t in (query, key, value))
     return grads[0], grads[1], grads[2], grad_mask
 
 
@@ -79,7 +74,7 @@ def _pytorch_forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, topk: int, is_causal: bool, scale: float
 ) -> State:
     state = attend_with_state(KNNCall(query, key, value, attn_mask, topk, 0.0, is_causal, scale))
-    output = _like_heads_last(query, tuple(state[0].shape)).copy_(state[0])
+    output = heads_last(query, tuple(state[0].shape)).copy_(state[0])
     return output, *state[1:]
 
 
@@ -100,7 +95,7 @@ def _pytorch_backward(
     call = KNNCall(query, key, value, attn_mask, topk, 0.0, is_causal, scale)
     grad_query, grad_key, grad_value, grad_mask = gradients(call, grad_output, mask_gradient)
     laid = [
-        _like_heads_last(like, tuple(like.shape)).copy_(grad)
+        heads_last(like, tuple(like.shape)).copy_(grad)
         for like, grad in ((query, grad_query), (key, grad_key), (value, grad_value))
     ]
     return laid[0], laid[1], laid[2], query.new_empty(0) if grad_mask is None else grad_mask

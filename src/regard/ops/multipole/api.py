@@ -12,6 +12,7 @@ from regard.ops._arguments import check_dropout, check_scale, check_tensors, fol
 from regard.ops._counts import share_of
 from regard.ops._dispatch import Operator
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
+from regard.ops.multipole.cpu import CPUBackend
 from regard.ops.multipole.eager import PyTorchBackend
 
 __all__ = ["FAR_FIELDS", "OPERATOR", "check_clusters", "default_num_clusters", "multipole_attention"]
@@ -218,4 +219,6 @@ def _visible(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(*query.shape[:-3], key_heads, key.shape[-2]).reshape(-1, key_heads, key.shape[-2])
 
 
-OPERATOR = Operator("multipole_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (PyTorchBackend(),))
+OPERATOR = Operator(
+    "multipole_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
+)

@@ -1,6 +1,7 @@
 """A checked call of multipole attention: what every backend is given."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,21 @@ class MultipoleCall:
         if self.assignment is None:
             raise RuntimeError("the keys of this call were not clustered")
         return self.assignment
+
+    def operands(self) -> tuple[Any, ...]:
+        """The arguments of the operators in op.py."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.visible,
+            self.clusters,
+            self.num_clusters,
+            self.near,
+            self.second_order,
+            self.num_prefix_tokens,
+            self.scale,
+        )
 
     def grouped(self, rows: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, H_kv, groups * N, D): the rows that meet the same keys."""

@@ -24,15 +24,4 @@ class PyTorchBackend:
     def run(self, call: MultipoleCall) -> Tensor:
         if call.dropout_p > 0.0 or functorch_active():
             return multipole_attention_reference(call, kept_by_threshold)
-        return multipole_attention_blocks(
-            call.query,
-            call.key,
-            call.value,
-            call.visible,
-            call.clusters,
-            call.num_clusters,
-            call.near,
-            call.second_order,
-            call.num_prefix_tokens,
-            call.scale,
-        )
+        return multipole_attention_blocks(*call.operands())

@@ -1,7 +1,8 @@
-"""The dispatcher's view of the PyTorch path of multipole attention: schema, shapes, gradient, FLOPs.
+"""The dispatcher's view of multipole attention: schema, shapes, gradient, FLOPs.
 
-As an operator of the library it is one node in a compiled graph, at any number of tokens, and saves nothing but its
-inputs: the backward computes the weights again, block by block.
+Two operators with one schema: `regard::multipole_attention`, for which kernels are registered, and
+`regard::multipole_attention_blocks`, the PyTorch path. Each is one node in a compiled graph, at any number of tokens,
+and saves nothing but its inputs: the backward computes the weights again.
 """
 
 from typing import Any
@@ -10,51 +11,41 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from regard.ops import _library
+from regard.ops._arguments import heads_last
 from regard.ops._selection import kept_by_threshold
 from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.multipole.streamed import attend, gradients
 
-__all__ = ["multipole_attention_blocks"]
+__all__ = ["multipole_attention_blocks", "multipole_attention_op"]
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor assignment"
 _OPTIONS = "SymInt num_clusters, SymInt near, bool second_order, SymInt num_prefix_tokens, float scale"
-torch.library.define("regard::multipole_attention_blocks", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
-torch.library.define(
-    "regard::multipole_attention_blocks_backward",
-    f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-)
-multipole_attention_blocks = torch.ops.regard.multipole_attention_blocks.default
-_backward_op = torch.ops.regard.multipole_attention_blocks_backward.default
 
 
 def _forward(*arguments: Any) -> Tensor:
-    return attend(MultipoleCall(*arguments))
+    output = attend(MultipoleCall(*arguments))
+    return heads_last(output, tuple(output.shape)).copy_(output)
 
 
 def _backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = MultipoleCall(*arguments)
     inputs = (call.query, call.key, call.value)
-    return tuple(g.to(t.dtype) for g, t in zip(gradients(call, grad_output), inputs, strict=True))
+    return tuple(g.to(t.dtype).contiguous() for g, t in zip(gradients(call, grad_output), inputs, strict=True))
 
 
-@torch.library.register_fake("regard::multipole_attention_blocks")
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return heads_last(query, (*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.register_fake("regard::multipole_attention_blocks_backward")
 def _fake_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
-
-
-def _gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_op(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 7
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -75,12 +66,30 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return *second, *(None,) * 7
 
 
-torch.library.impl("regard::multipole_attention_blocks", "CompositeExplicitAutograd", _forward)
-torch.library.impl("regard::multipole_attention_blocks_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_autograd("regard::multipole_attention_blocks", _gradient, setup_context=_setup)
-torch.library.register_autograd(
-    "regard::multipole_attention_blocks_backward", _double_backward, setup_context=_setup_backward
-)
+def _define(name: str) -> Any:
+    """An operator with this schema and gradient, computed by PyTorch wherever no kernel is registered for it."""
+    torch.library.define(f"regard::{name}", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
+    torch.library.define(
+        f"regard::{name}_backward",
+        f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    )
+    torch.library.register_fake(f"regard::{name}", _fake)
+    torch.library.register_fake(f"regard::{name}_backward", _fake_backward)
+    backward = getattr(torch.ops.regard, f"{name}_backward").default
+
+    def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+
+    torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)
+    torch.library.impl(f"regard::{name}_backward", "CompositeExplicitAutograd", _backward)
+    torch.library.register_autograd(f"regard::{name}", gradient, setup_context=_setup)
+    torch.library.register_autograd(f"regard::{name}_backward", _double_backward, setup_context=_setup_backward)
+    return getattr(torch.ops.regard, name).default
+
+
+multipole_attention_op = _define("multipole_attention")
+multipole_attention_blocks = _define("multipole_attention_blocks")
+_library.problem()  # loads the kernels
 
 
 @register_flop_formula(torch.ops.regard.multipole_attention_blocks)
@@ -114,3 +123,22 @@ def backward_flops(
     """The logits again, then the gradients of weights, values, queries and keys."""
     batch, heads, rows, dim = query
     return 2 * batch * heads * rows * (key[2] + num_clusters) * (3 * dim + 2 * value[3])
+
+
+@register_flop_formula(torch.ops.regard.multipole_attention)
+def kernel_flops(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    visible: Any,
+    assignment: Any,
+    num_clusters: int,
+    near: int,
+    second_order: bool,
+    *rest: Any,
+    **kwargs: Any,
+) -> int:
+    """All clusters, whose second order doubles the head dim, and the keys of the near ones, were clusters alike."""
+    batch, heads, rows, dim = query
+    far = num_clusters * ((2 if second_order else 1) * dim + value[3])
+    return 2 * batch * heads * rows * (far + near * key[2] // max(1, num_clusters) * (dim + value[3]))

@@ -1,9 +1,9 @@
-// The k-NN attention kernels for avx2.
+// All kernels, for avx2.
 #include <cstdint>
 #include <new>
 #include <type_traits>
 
-#include "knn.h"
+#include "kernels.h"
 #include "target.h"
 
 // Nothing of the standard library may be instantiated below: its templates are shared between the translation units, and
@@ -17,13 +17,23 @@ REGARD_TARGET_BEGIN("avx2,fma,f16c")
 namespace regard {
 namespace {
 #include "vec_avx2.h"
-#include "knn_rows.h"
+#include "rows.h"
+#include "selection.h"
+namespace knn {
 #include "knn_kernels.h"
 #include "knn_backward.h"
+}  // namespace knn
+namespace multipole {
+#include "multipole_clusters.h"
+#include "multipole_forward.h"
+}  // namespace multipole
 }  // namespace
 
-const KnnKernels& knn_avx2() {
-  static const KnnKernels kernels{forward, backward, reduce, mask_gradient, partial_size};
+const Kernels& kernels_avx2() {
+  static const Kernels kernels{
+      {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
+      {multipole::forward},
+  };
   return kernels;
 }
 }  // namespace regard
@@ -33,7 +43,7 @@ REGARD_TARGET_END
 #else
 
 namespace regard {
-const KnnKernels& knn_avx2() { return knn_plain(); }
+const Kernels& kernels_avx2() { return kernels_plain(); }
 }  // namespace regard
 
 #endif

@@ -1,132 +1,8 @@
-// Rows of logits: loading and packing tensors, the score micro-kernel, and the exact selection of a row's k largest.
-// Included inside an instruction set's namespace, after its Vec.
+// The exact k largest of a row of logits, without sorting it.
+// Included inside an instruction set's namespace, after rows.h.
 #pragma once
 
-constexpr int W = Vec::kWidth;
-constexpr int NR = 2 * W;  // keys in a panel
-constexpr int MR = Vec::kRows;
-constexpr float kLowest = -3.402823466e38f;
-constexpr float kInf = __builtin_inff();
-constexpr float kNaN = __builtin_nanf("");
 constexpr float kLogisticScale = 0.5513f;  // sqrt(3) / pi: a logistic distribution's scale for unit deviation
-
-static REGARD_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-static REGARD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- tensors in and out -------------------------------------------------------------------------------------------
-
-static REGARD_INLINE const char* at(const Tensor4& t, int64_t b, int64_t h, int64_t n) {
-  const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
-  return t.data + (b * t.stride[0] + h * t.stride[1] + n * t.stride[2]) * size;
-}
-
-static REGARD_INLINE Vec::F widen(const uint16_t* p, DType dtype) {
-  return dtype == DType::kBFloat16 ? Vec::from_bfloat16(p) : Vec::from_float16(p);
-}
-
-// `n` channels of one token as floats, times `factor`; the rest up to a whole vector is zero.
-static void load_row(const char* source, int64_t stride, DType dtype, int64_t n, float factor, float* out) {
-  const Vec::F f = Vec::set1(factor);
-  const int64_t whole = stride == 1 ? n / W * W : 0;
-  if (dtype == DType::kFloat32) {
-    const float* p = reinterpret_cast<const float*>(source);
-    for (int64_t i = 0; i < whole; i += W) Vec::store(out + i, Vec::mul(Vec::load(p + i), f));
-    for (int64_t i = whole; i < n; i += W) {
-      float rest[W] = {};
-      for (int64_t j = i; j < smaller(n, i + W); ++j) rest[j - i] = p[j * stride];
-      Vec::store(out + i, Vec::mul(Vec::load(rest), f));
-    }
-  } else {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(source);
-    for (int64_t i = 0; i < whole; i += W) Vec::store(out + i, Vec::mul(widen(p + i, dtype), f));
-    for (int64_t i = whole; i < n; i += W) {
-      uint16_t rest[W] = {};
-      for (int64_t j = i; j < smaller(n, i + W); ++j) rest[j - i] = p[j * stride];
-      Vec::store(out + i, Vec::mul(widen(rest, dtype), f));
-    }
-  }
-}
-
-static REGARD_INLINE uint16_t to_bfloat16(float a) {
-  uint32_t x;
-  __builtin_memcpy(&x, &a, sizeof x);
-  if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(x >> 16 | 0x40u);
-  return static_cast<uint16_t>((x + 0x7fffu + (x >> 16 & 1u)) >> 16);
-}
-
-// One token's channels, times `factor`, in the tensor's dtype. `row` is readable up to a whole vector.
-static void store_row(char* target, int64_t stride, DType dtype, int64_t n, float factor, const float* row) {
-  if (dtype == DType::kFloat32) {
-    float* p = reinterpret_cast<float*>(target);
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) p[i] = row[i] * factor;
-    } else {
-      for (int64_t i = 0; i < n; ++i) p[i * stride] = row[i] * factor;
-    }
-  } else if (dtype == DType::kBFloat16) {
-    uint16_t* p = reinterpret_cast<uint16_t*>(target);
-    for (int64_t i = 0; i < n; ++i) p[i * stride] = to_bfloat16(row[i] * factor);
-  } else {
-    uint16_t* p = reinterpret_cast<uint16_t*>(target);
-    const Vec::F f = Vec::set1(factor);
-    for (int64_t i = 0; i < n; i += W) {
-      uint16_t half[W];
-      Vec::to_float16(half, Vec::mul(Vec::load(row + i), f));
-      for (int64_t j = i; j < smaller(n, i + W); ++j) p[j * stride] = half[j - i];
-    }
-  }
-}
-
-// Tokens as rows of `ld` floats.
-static void pack_rows(const Tensor4& t, int64_t b, int64_t h, int64_t tokens, int64_t dim, int64_t ld, float* out) {
-  for (int64_t m = 0; m < tokens; ++m) load_row(at(t, b, h, m), t.stride[3], t.dtype, dim, 1.0f, out + m * ld);
-}
-
-// Keys as panels [dim][NR], so that the micro-kernel reads NR keys of one channel at once. Missing keys are zero.
-static void pack_panels(const Tensor4& t, int64_t b, int64_t h, int64_t tokens, int64_t dim, float* rows, float* out) {
-  const int64_t ld = round_up(dim, W);
-  for (int64_t m = 0; m < tokens; m += NR, out += NR * dim) {
-    for (int64_t j = 0; j < NR; ++j) {
-      if (m + j < tokens) {
-        load_row(at(t, b, h, m + j), t.stride[3], t.dtype, dim, 1.0f, rows + j * ld);
-      } else {
-        __builtin_memset(rows + j * ld, 0, ld * sizeof(float));
-      }
-    }
-    for (int64_t d = 0; d < dim; ++d)
-      for (int64_t j = 0; j < NR; ++j) out[d * NR + j] = rows[j * ld + d];
-  }
-}
-
-// ---- logits -------------------------------------------------------------------------------------------------------
-
-// MR queries (channel-major) times one panel. Every logit is one chain of multiply-adds in the order of the channels,
-// wherever its row stands in a tile: the backward gets the forward's logits bit for bit.
-static REGARD_INLINE void score_micro(const float* q, const float* panel, int64_t dim, float* s, int64_t ld) {
-  Vec::F acc[MR][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = Vec::zero();
-  for (int64_t d = 0; d < dim; ++d) {
-    const Vec::F k0 = Vec::load(panel + d * NR), k1 = Vec::load(panel + d * NR + W);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      const Vec::F x = Vec::set1(q[d * MR + r]);
-      acc[r][0] = Vec::fma(x, k0, acc[r][0]);
-      acc[r][1] = Vec::fma(x, k1, acc[r][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-    Vec::store(s + r * ld, acc[r][0]);
-    Vec::store(s + r * ld + W, acc[r][1]);
-  }
-}
-
-static __attribute__((noinline)) void score_tile(
-    const float* q, int64_t groups, const float* panels, int64_t columns, int64_t dim, float* s, int64_t ld) {
-  for (int64_t m = 0; m < columns; m += NR, panels += NR * dim)
-    for (int64_t g = 0; g < groups; ++g) score_micro(q + g * dim * MR, panels, dim, s + g * MR * ld + m, ld);
-}
 
 struct RowStats {
   float largest, mean, deviation;
@@ -188,8 +64,6 @@ static RowStats row_stats(float* s, int64_t columns, bool hidden) {
   stats.broken = false;
   return stats;
 }
-
-// ---- exact selection ----------------------------------------------------------------------------------------------
 
 // count(v >= lo) = at_lo >= k > at_hi = count(v >= hi)
 struct Bracket {
@@ -351,21 +225,4 @@ static int64_t compress_row(float* v, int32_t* indices, int64_t n, float t) {
 static REGARD_INLINE typename Vec::Mask kept_lanes(Vec::F x, Vec::F kth, int64_t base, int64_t last_tie) {
   const typename Vec::Mask tied = Vec::both(Vec::eq(x, kth), Vec::upto(static_cast<int>(base), static_cast<int>(last_tie)));
   return Vec::either(Vec::gt(x, kth), tied);
-}
-
-// exp(x) for x <= 0 (up to rounding), to one unit in the last place; 2^-126 stands for all that is smaller.
-static REGARD_INLINE Vec::F exp_nonpositive(Vec::F x) {
-  x = Vec::max(x, Vec::set1(-87.3f));
-  const Vec::F n = Vec::round(Vec::mul(x, Vec::set1(1.4426950408889634f)));
-  // ln 2 in two parts: the first has few bits, so that n times it is exact.
-  Vec::F r = Vec::fma(n, Vec::set1(-0.693359375f), x);
-  r = Vec::fma(n, Vec::set1(2.12194440e-4f), r);
-  Vec::F p = Vec::set1(1.0f / 5040.0f);
-  p = Vec::fma(p, r, Vec::set1(1.0f / 720.0f));
-  p = Vec::fma(p, r, Vec::set1(1.0f / 120.0f));
-  p = Vec::fma(p, r, Vec::set1(1.0f / 24.0f));
-  p = Vec::fma(p, r, Vec::set1(1.0f / 6.0f));
-  p = Vec::fma(p, r, Vec::set1(0.5f));
-  p = Vec::fma(Vec::mul(r, r), p, r);
-  return Vec::scale2(Vec::add(p, Vec::set1(1.0f)), n);
 }

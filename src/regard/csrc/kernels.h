@@ -1,0 +1,18 @@
+// One instruction set's kernels.
+#pragma once
+
+#include "knn.h"
+#include "multipole.h"
+
+namespace regard {
+
+struct Kernels {
+  KnnKernels knn;
+  MultipoleKernels multipole;
+};
+
+const Kernels& kernels_plain();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace regard

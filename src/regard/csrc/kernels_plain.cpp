@@ -1,0 +1,31 @@
+// All kernels, for plain.
+#include <cstdint>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+#include "target.h"
+
+namespace regard {
+namespace {
+#include "vec_plain.h"
+#include "rows.h"
+#include "selection.h"
+namespace knn {
+#include "knn_kernels.h"
+#include "knn_backward.h"
+}  // namespace knn
+namespace multipole {
+#include "multipole_clusters.h"
+#include "multipole_forward.h"
+}  // namespace multipole
+}  // namespace
+
+const Kernels& kernels_plain() {
+  static const Kernels kernels{
+      {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
+      {multipole::forward},
+  };
+  return kernels;
+}
+}  // namespace regard

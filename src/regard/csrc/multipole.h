@@ -1,0 +1,25 @@
+// What the dispatcher hands to the multipole attention kernels.
+#pragma once
+
+#include "tensors.h"
+
+namespace regard {
+
+struct MultipoleProblem {
+  int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
+  int64_t clusters, near, prefix;
+  bool second_order;
+  float scale;
+  Tensor4 query, key, value, output;
+  const int64_t* assignment;         // contiguous (batch, key_heads, keys - prefix)
+  const char* visible = nullptr;     // booleans (batch, key_heads, keys), or null
+  int64_t visible_stride[3] = {0, 0, 0};
+  int threads = 1;
+};
+
+// Each call works on `count` units with scratch memory of its own.
+struct MultipoleKernels {
+  void (*forward)(const MultipoleProblem&, const Unit* units, int64_t count);
+};
+
+}  // namespace regard

@@ -1,0 +1,64 @@
+// Multipole attention's CPU implementation, registered against the schema that regard/ops/multipole/op.py defines.
+#include <optional>
+
+#include "torch_tensors.h"
+
+namespace regard {
+namespace {
+
+MultipoleProblem describe(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& visible,
+                          const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix,
+                          double scale) {
+  MultipoleProblem p;
+  p.query = view4(query), p.key = view4(key), p.value = view4(value);
+  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.dim = query.size(3);
+  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
+  p.clusters = clusters, p.near = near, p.prefix = prefix, p.second_order = second_order;
+  p.scale = static_cast<float>(scale);
+  p.threads = static_cast<int>(torch::stable::get_num_threads());
+  STD_TORCH_CHECK(key.size(0) == p.batch && value.size(0) == p.batch && value.size(1) == p.key_heads &&
+                      value.size(2) == p.keys && key.size(3) == p.dim,
+                  "multipole_attention: the shapes of query, key and value do not fit");
+  STD_TORCH_CHECK(p.key_heads > 0 ? p.heads % p.key_heads == 0 : p.heads == 0,
+                  "multipole_attention: the query's heads are no multiple of the key's");
+  STD_TORCH_CHECK(p.query.dtype == p.key.dtype && p.query.dtype == p.value.dtype, "multipole_attention: dtypes differ");
+  STD_TORCH_CHECK(p.dim >= 1 && p.value_dim >= 1 && p.keys < (int64_t{1} << 30), "multipole_attention: size out of range");
+  STD_TORCH_CHECK(0 <= prefix && prefix <= p.keys && prefix <= p.queries && 0 <= near && near <= clusters,
+                  "multipole_attention: num_prefix_tokens or near out of range");
+  STD_TORCH_CHECK(assignment.scalar_type() == ScalarType::Long && assignment.is_contiguous() && assignment.dim() == 3 &&
+                      assignment.size(0) == p.batch && assignment.size(1) == p.key_heads &&
+                      assignment.size(2) == p.keys - prefix,
+                  "multipole_attention: expected a contiguous int64 assignment (B, H_kv, M - P)");
+  p.assignment = static_cast<const int64_t*>(assignment.data_ptr());
+  const int64_t entries = p.batch * p.key_heads * (p.keys - prefix);
+  for (int64_t i = 0; i < entries; ++i)
+    STD_TORCH_CHECK(p.assignment[i] >= 0 && p.assignment[i] < clusters, "multipole_attention: no such cluster");
+  if (visible.has_value()) {
+    STD_TORCH_CHECK(visible->scalar_type() == ScalarType::Bool && visible->dim() == 3 && visible->size(0) == p.batch &&
+                        visible->size(1) == p.key_heads && visible->size(2) == p.keys,
+                    "multipole_attention: expected a boolean mask (B, H_kv, M)");
+    p.visible = static_cast<const char*>(visible->data_ptr());
+    for (int i = 0; i < 3; ++i) p.visible_stride[i] = visible->stride(i);
+  }
+  return p;
+}
+
+Tensor multipole_forward(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> visible,
+                         const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix,
+                         double scale) {
+  MultipoleProblem p = describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale);
+  Tensor output = empty_heads_last(query, p.batch, p.heads, p.queries, p.value_dim);
+  p.output = view4(output);
+  int64_t parts;
+  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    kernels().multipole.forward(p, units.data() + begin, end - begin);
+  });
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) { m.impl("multipole_attention", TORCH_BOX(&multipole_forward)); }
+
+}  // namespace regard
