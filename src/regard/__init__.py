@@ -22,13 +22,19 @@ _EXPORTS = {
     "Mechanism": "regard.specs",
     "parse_mechanism": "regard.mixers",
     "mechanisms": "regard.mixers",
+    "Clustered": "regard.mixers",
     "Dense": "regard.mixers",
     "KNN": "regard.mixers",
+    "ClusteredAttention": "regard.mixers",
     "DenseAttention": "regard.mixers",
     "KNNAttention": "regard.mixers",
     "Multipole": "regard.mixers",
     "MultipoleAttention": "regard.mixers",
     "create_model": "regard.backbones",
+    "convert": "regard.conversion",
+    "converted": "regard.conversion",
+    "restore": "regard.conversion",
+    "ConversionRecord": "regard.results",
     "compare": "regard.studies",
     "CompareSettings": "regard.studies",
 }
@@ -38,7 +44,12 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from regard.backbones import create_model as create_model
     from regard.cards import Card as Card
+    from regard.conversion import convert as convert
+    from regard.conversion import converted as converted
+    from regard.conversion import restore as restore
     from regard.mixers import KNN as KNN
+    from regard.mixers import Clustered as Clustered
+    from regard.mixers import ClusteredAttention as ClusteredAttention
     from regard.mixers import Dense as Dense
     from regard.mixers import DenseAttention as DenseAttention
     from regard.mixers import KNNAttention as KNNAttention
@@ -54,6 +65,7 @@ if TYPE_CHECKING:
     from regard.ops import knn_attention as knn_attention
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
+    from regard.results import ConversionRecord as ConversionRecord
     from regard.specs import Mechanism as Mechanism
     from regard.studies import CompareSettings as CompareSettings
     from regard.studies import compare as compare

@@ -240,6 +240,10 @@ def _window(module: Any, _inputs: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(module.window_size)
 
 
+def _groups(module: Any, _inputs: tuple[Any, ...]) -> tuple[int, ...]:
+    return (module.ws, module.ws)
+
+
 def _feature_size(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...] | None:
     return tuple(inputs[1]) if len(inputs) > 1 else None
 
@@ -285,6 +289,8 @@ ADAPTERS: dict[str, Adapter] = {
     "timm.models.pvt_v2.Attention": Adapter(("x", "feat_size"), grid=_feature_size),
     "timm.models.twins.GlobalSubSampleAttn": Adapter(("x", "size"), grid=_feature_size),
     "timm.models.vision_transformer_sam.Attention": Adapter(("x",), grid=_channels_last),
+    "timm.models.twins.LocallyGroupedAttn": Adapter(("x", "size"), ("ws",), grid=_groups),
+    "timm.models.maxxvit.AttentionCl": Adapter(("x", "shared_rel_pos"), grid=_channels_last),
     "timm.models.maxxvit.Attention2d": Adapter(("x", "shared_rel_pos"), grid=_channels_first),
     "timm.models.volo.Attention": Adapter(("x",), grid=_channels_last),
 }
