@@ -1,75 +1,13 @@
 """Input factories and judgements that the tests of k-NN attention share."""
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from regard.ops import _library
 from regard.ops._selection import kept_by_stable_sort
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.reference import knn_attention_reference, logits, weights
-
-# The baseline instruction set rounds a product and its sum, where eager PyTorch on the same machine may fuse them.
-ROUNDINGS = 2.0 if _library.instruction_set() == "plain" else 1.0
-
-Layout = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int = 2
-    heads: int = 2
-    key_heads: int = 2
-    queries: int = 50
-    keys: int = 50
-    dim: int = 16
-    value_dim: int = 16
-
-
-def grid_values(*size: int, generator: torch.Generator, levels: int = 4) -> Tensor:
-    """Multiples of 1/levels in [-1, 1]: their dot products are exact in float32, and full of ties."""
-    return torch.randint(-levels, levels + 1, size, generator=generator).float() / levels
-
-
-def inputs(
-    shape: Shape, *, seed: int = 0, dtype: torch.dtype = torch.float32, exact: bool = True
-) -> tuple[Tensor, ...]:
-    """Query, key, value. With `exact` the logits have no rounding (head dims that are powers of 4 keep the scale exact
-    too), so that the selection of every correct implementation is the same, ties included."""
-    g = torch.Generator().manual_seed(seed)
-    draw = grid_values if exact else lambda *size, generator: torch.randn(*size, generator=generator)
-    query = draw(shape.batch, shape.heads, shape.queries, shape.dim, generator=g)
-    key = draw(shape.batch, shape.key_heads, shape.keys, shape.dim, generator=g)
-    value = torch.randn(shape.batch, shape.key_heads, shape.keys, shape.value_dim, generator=g)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def contiguous(t: Tensor) -> Tensor:
-    return t.contiguous()
-
-
-def heads_last(t: Tensor) -> Tensor:
-    """As timm's qkv projections leave it: (B, N, H, D) in memory."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def channels_first(t: Tensor) -> Tensor:
-    """Channels are not adjacent: (B, H, D, N) in memory."""
-    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def gapped(t: Tensor) -> Tensor:
-    """Every second token of a longer tensor whose gaps are NaN: reading one is seen at once."""
-    wide = torch.full((*t.shape[:2], 2 * t.shape[2], t.shape[3] + 3), float("nan"), dtype=t.dtype)
-    view = wide[:, :, ::2, 1 : 1 + t.shape[3]]
-    view.copy_(t)
-    return view
-
-
-LAYOUTS: dict[str, Layout] = {f.__name__: f for f in (contiguous, heads_last, channels_first, gapped)}
 
 
 def call_of(
@@ -140,21 +78,6 @@ def yardsticks(call: KNNCall, grad_output: Tensor | None = None, orders: int = 4
                 found.append(grad[..., back_columns] if grad.shape[3] > 1 else grad)
         results.append(found)
     return [list(same) for same in zip(*results, strict=True)]
-
-
-def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tensor | None = None) -> None:
-    """error(ours) <= 2 x error(eager in the same dtype), with a floor of one unit in the last place of the scale.
-
-    The scale is the largest exact value, or `terms` where values are sums that cancel (the size of what they sum)."""
-    assert ours.shape == exact.shape and ours.dtype == eager[0].dtype
-    assert torch.isfinite(ours).all()
-    if ours.numel() == 0:
-        return
-    error, *others = ((t.double() - exact).abs().max().item() for t in (ours, *eager))
-    size = exact if terms is None else terms
-    floor = torch.finfo(ours.dtype).eps * size.abs().max().item()
-    budget = max(*(2.0 * other for other in others), floor) * ROUNDINGS
-    assert error <= budget, f"error {error:.3g}, eager {others}, floor {floor:.3g}"
 
 
 def term_sizes(call: KNNCall, grad_output: Tensor) -> list[Tensor | None]:

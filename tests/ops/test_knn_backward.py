@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import LAYOUTS, Shape, inputs, needs_kernels, within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from knn_cases import LAYOUTS, Shape, call_of, in_float64, inputs, term_sizes, within_budget, yardsticks
-from test_knn_forward import needs_kernels, problems
+from knn_cases import call_of, in_float64, term_sizes, yardsticks
+from test_knn_forward import problems
 
 from regard import knn_attention
 from regard.ops._selection import kept_by_stable_sort

@@ -5,13 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from knn_cases import Shape, inputs
+from attention_cases import BACKENDS, Shape, inputs
 
 from regard import knn_attention
 from regard.ops import only_backend
-from regard.ops._library import problem
-
-BACKENDS = ["pytorch"] if problem() else ["cpu", "pytorch"]
 
 
 def tensors(heads: int = 2, key_heads: int = 2, queries: int = 5, keys: int = 7, dim: int = 16):

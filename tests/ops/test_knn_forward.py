@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import HALVES, LAYOUTS, Shape, inputs, needs_kernels, within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from knn_cases import LAYOUTS, Shape, call_of, exact_output, in_float64, inputs, output_terms, within_budget, yardsticks
+from knn_cases import call_of, exact_output, in_float64, output_terms, yardsticks
 
 from regard import knn_attention
-from regard.ops import _library
 from regard.ops._selection import kept_by_stable_sort, kept_by_threshold
 from regard.ops.knn.eager import attend_with_state
 from regard.ops.knn.op import knn_attention_op
-
-HALVES = (torch.bfloat16, torch.float16)
-needs_kernels = pytest.mark.skipif(bool(_library.problem()), reason=_library.problem() or "kernels are here")
 
 
 def state_agrees(call) -> None:

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from knn_cases import Shape, inputs
+from attention_cases import Shape, inputs, needs_kernels
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,8 +14,6 @@ from regard import knn_attention
 from regard.ops import SlowPathWarning, _dispatch, _library, only_backend
 from regard.ops.knn import op
 from regard.ops.knn.op import knn_attention_op
-
-needs_kernels = pytest.mark.skipif(bool(_library.problem()), reason=_library.problem() or "kernels are here")
 
 
 def requiring_grad(*args, **kwargs):
