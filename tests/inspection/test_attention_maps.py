@@ -8,7 +8,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from regard.inspection import attention_maps
-from regard.mixers import DenseAttention, KNNAttention, mechanisms
+from regard.mixers import AttentionMixer, ClusteredAttention, DenseAttention, KNNAttention, mechanisms
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
 TOKENS = 17
@@ -64,7 +64,11 @@ def test_knn_keeps_the_largest_of_dense():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", mechanisms())
+# Those whose keys are projections of the single tokens; the others have tests of their own.
+_OF_TOKENS = [name for name, one in mechanisms().items() if one().attn_layer().mix is AttentionMixer.mix]
+
+
+@pytest.mark.parametrize("name", _OF_TOKENS)
 def test_maps_reproduce_what_the_layer_handed_on(name):
     mixer = mechanisms()[name]().attn_layer()
     model = make(mixer.bind(num_prefix_tokens=1)).double()
@@ -74,6 +78,20 @@ def test_maps_reproduce_what_the_layer_handed_on(name):
     maps = attention_maps(model, images().double())
     value = seen["qkv"].unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)[2]
     torch.testing.assert_close((maps @ value).transpose(1, 2).flatten(2), seen["mixed"])
+
+
+def test_clustered_maps_reproduce_what_the_layer_handed_on():
+    """With one projection for both scales each token has one value, and the layer adds what the map averages."""
+    model = make(ClusteredAttention.bind(num_prefix_tokens=1, reduction=2)).double()
+    attn, seen = model.blocks[2].attn, {}
+    with torch.no_grad():
+        attn.kv_coarse.weight.copy_(attn.qkv.weight[48:])
+    attn.register_forward_pre_hook(lambda _m, given: seen.update(x=given[0]))
+    attn.proj.register_forward_hook(lambda _m, given, _o: seen.update(mixed=given[0]))
+    maps = attention_maps(model, images().double())
+    value = torch.nn.functional.linear(seen["x"], attn.qkv.weight[96:]).unflatten(-1, (3, 16)).transpose(1, 2)
+    torch.testing.assert_close(2 * (maps @ value).transpose(1, 2).flatten(2), seen["mixed"])
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(8, 2), (128, 257), (136, 290)])

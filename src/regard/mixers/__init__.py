@@ -1,6 +1,7 @@
 """Token mixers, one file per published mechanism: its card, its value and its module."""
 
 from regard.mixers._attention import AttentionMixer
+from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
@@ -9,6 +10,8 @@ from regard.specs import Mechanism, parse, registered
 __all__ = [
     "KNN",
     "AttentionMixer",
+    "Clustered",
+    "ClusteredAttention",
     "Dense",
     "DenseAttention",
     "KNNAttention",

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from regard.data import ImageData
+from regard.mixers import AttentionMixer
 from regard.specs import Mechanism
 
 __all__ = ["build_model"]
@@ -68,8 +69,12 @@ def build_model(model: str, mechanism: Mechanism, data: ImageData) -> nn.Module:
             f"model: unknown name {model!r}; allowed are {', '.join(_SMALL)}, or a vision transformer of timm"
         )
     try:
-        return timm.create_model(model, pretrained=False, **common)
+        made: nn.Module = timm.create_model(model, pretrained=False, **common)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model: timm's {model!r} cannot be built with {mechanism} at {size} pixels: {error}"
         ) from error
+    for module in made.modules():
+        if isinstance(module, AttentionMixer):  # timm does not tell them of its class and register tokens
+            module.num_prefix_tokens = getattr(made, "num_prefix_tokens", 0)
+    return made

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,18 @@ class Clusters(NamedTuple):
 
     assignment: Tensor
     centers: Tensor
+
+
+@overload
+def density_peak_clusters(
+    x: Tensor, num_clusters: int, *, neighbors: int = 5, mask: Tensor | None = None
+) -> Clusters: ...
+
+
+@overload
+def density_peak_clusters(
+    x: Tensor, num_clusters: Sequence[int], *, neighbors: int = 5, mask: Tensor | None = None
+) -> tuple[Clusters, ...]: ...
 
 
 def density_peak_clusters(
