@@ -25,14 +25,16 @@ namespace knn {
 }  // namespace knn
 namespace multipole {
 #include "multipole_clusters.h"
+#include "multipole_rows.h"
 #include "multipole_forward.h"
+#include "multipole_backward.h"
 }  // namespace multipole
 }  // namespace
 
 const Kernels& kernels_avx512() {
   static const Kernels kernels{
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
-      {multipole::forward},
+      {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
   };
   return kernels;
 }

@@ -17,9 +17,18 @@ struct MultipoleProblem {
   int threads = 1;
 };
 
+struct MultipoleGradients {
+  Tensor4 grad_output, grad_query, grad_key, grad_value;
+};
+
 // Each call works on `count` units with scratch memory of its own.
 struct MultipoleKernels {
   void (*forward)(const MultipoleProblem&, const Unit* units, int64_t count);
+  // Partial sums, `partial_size` floats a unit, where `partial` is not null: several units then share a key head, and
+  // `reduce` adds theirs in a fixed order.
+  void (*backward)(const MultipoleProblem&, const MultipoleGradients&, const Unit* units, int64_t count, float* partial);
+  void (*reduce)(const MultipoleProblem&, const MultipoleGradients&, const Unit& unit, float* partial, int64_t parts);
+  int64_t (*partial_size)(const MultipoleProblem&);
 };
 
 }  // namespace regard

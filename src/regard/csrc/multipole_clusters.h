@@ -2,6 +2,8 @@
 // Included inside an instruction set's namespace, after rows.h.
 #pragma once
 
+static int32_t* integers(Scratch& scratch, int64_t n) { return reinterpret_cast<int32_t*>(scratch.take(n)); }
+
 struct Sizes {
   int64_t dim_padded, value_padded, clusters_padded;
   int64_t far_dim;  // channels of a far key: its mean, and its variance where the far field is of second order
@@ -42,6 +44,22 @@ class Clusters {
     }
   }
 
+  // At most so many columns are the prefix keys' and those of `near` clusters.
+  int64_t most_columns() {
+    const int64_t clusters = problem_.clusters;
+    for (int64_t c = 0; c < clusters; ++c) cursor_[c] = static_cast<int32_t>(round_up(count[c], W));
+    int64_t total = round_up(count[clusters], W);
+    for (int64_t i = 0; i < problem_.near; ++i) {  // the largest of the rest, swapped to place i
+      int64_t best = i;
+      for (int64_t c = i + 1; c < clusters; ++c) best = cursor_[c] > cursor_[best] ? c : best;
+      const int32_t columns = cursor_[best];
+      cursor_[best] = cursor_[i];
+      cursor_[i] = columns;
+      total += columns;
+    }
+    return total;
+  }
+
   // Cluster c's keys stand in columns [begin[c], begin[c] + count[c]); the next cluster begins at a whole vector.
   int32_t *begin, *count;
   int32_t* order;     // the key in each column, -1 where there is none
@@ -53,8 +71,6 @@ class Clusters {
   bool some_empty = false;
 
  private:
-  static int32_t* integers(Scratch& scratch, int64_t n) { return reinterpret_cast<int32_t*>(scratch.take(n)); }
-
   void sort(int64_t batch, int64_t head) {
     const MultipoleProblem& p = problem_;
     const int64_t* assignment = p.assignment + (batch * p.key_heads + head) * (p.keys - p.prefix);

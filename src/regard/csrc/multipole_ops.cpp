@@ -1,5 +1,7 @@
 // Multipole attention's CPU implementation, registered against the schema that regard/ops/multipole/op.py defines.
+#include <memory>
 #include <optional>
+#include <tuple>
 
 #include "torch_tensors.h"
 
@@ -57,8 +59,35 @@ Tensor multipole_forward(const Tensor& query, const Tensor& key, const Tensor& v
   return output;
 }
 
+std::tuple<Tensor, Tensor, Tensor> multipole_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> visible,
+    const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix, double scale) {
+  const MultipoleProblem p = describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale);
+  Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
+  Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
+  Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
+  const MultipoleGradients grads{view4(grad_output), view4(grad_query), view4(grad_key), view4(grad_value)};
+  int64_t parts;
+  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
+  const int64_t count = static_cast<int64_t>(units.size());
+  const int64_t size = parts > 1 ? kernels().multipole.partial_size(p) : 0;
+  const std::unique_ptr<float[]> partial(size ? new float[size * count] : nullptr);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    kernels().multipole.backward(p, grads, units.data() + begin, end - begin, size ? partial.get() + begin * size : nullptr);
+  });
+  if (parts > 1)
+    torch::stable::parallel_for(0, count / parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        kernels().multipole.reduce(p, grads, units[i * parts], partial.get() + i * parts * size, parts);
+    });
+  return {grad_query, grad_key, grad_value};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) { m.impl("multipole_attention", TORCH_BOX(&multipole_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) {
+  m.impl("multipole_attention", TORCH_BOX(&multipole_forward));
+  m.impl("multipole_attention_backward", TORCH_BOX(&multipole_backward));
+}
 
 }  // namespace regard

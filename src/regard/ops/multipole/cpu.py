@@ -1,7 +1,4 @@
-"""The C++ backend: near clusters key by key, all others from afar; O(N (clusters + near keys)) time, O(N) memory.
-
-Its gradient is still the PyTorch path's.
-"""
+"""The C++ backend: near clusters key by key, all others from afar; O(N (clusters + near keys)) time, O(N) memory."""
 
 import torch
 from torch import Tensor

@@ -32,7 +32,8 @@ def _forward(*arguments: Any) -> Tensor:
 def _backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = MultipoleCall(*arguments)
     inputs = (call.query, call.key, call.value)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(gradients(call, grad_output), inputs, strict=True))
+    found = zip(inputs, gradients(call, grad_output), strict=True)
+    return tuple(heads_last(like, tuple(like.shape)).copy_(gradient) for like, gradient in found)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -40,7 +41,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    return tuple(heads_last(t, tuple(t.shape)) for t in (query, key, value))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
