@@ -22,7 +22,7 @@ class Family:
         converted: how many attention modules take a mechanism.
         left: classes of the others, with a word of the reason.
         prefix: how many prefix tokens the converted modules have, in the order of their calls; None if all have none.
-        names_size: True if the model says what size of images it takes.
+        names_size: True if the model says what size of images it takes; None if that depends on timm's version.
         needs: the library that it comes from, if it is not one of regard's own dependencies.
     """
 
@@ -31,7 +31,7 @@ class Family:
     converted: int
     left: dict[str, str] = field(default_factory=dict)
     prefix: tuple[int, ...] | None = None
-    names_size: bool = True
+    names_size: bool | None = True
     needs: str = "torch"
 
 
@@ -157,7 +157,7 @@ FAMILIES: dict[str, Family] = {
         names_size=False,
     ),
     "nest": Family(_nest, _square(64), 3),
-    "maxvit": Family(_maxvit, _square(64), 4),
+    "maxvit": Family(_maxvit, _square(64), 4, names_size=None),
     "volo": Family(
         _volo,
         _square(64),

@@ -3,7 +3,9 @@
 Written from the equations of the papers named; every module computes with its own parameters.
 """
 
+import importlib
 import math
+import re
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.conversion.adapters._adapter import Adapter, Attention
+from regard.ops._dispatch import constant_when_traced
 
 __all__ = ["ADAPTERS", "LEFT"]
 
@@ -142,7 +145,8 @@ def gcvit(module: Any, attention: Attention, x: Tensor, q_global: Tensor | None 
     if module.use_global and q_global is not None:
         key, value = _heads(module.qkv(x), 2, module.num_heads)
         (query,) = _heads(q_global.reshape(len(q_global), *x.shape[1:]), 1, module.num_heads)
-        query = query.repeat_interleave(len(x) // len(q_global), dim=0)
+        windows = len(x) // len(q_global)
+        query = query.repeat(windows, 1, 1, 1) if _mixes_up_images() else query.repeat_interleave(windows, dim=0)
     else:
         query, key, value = _heads(module.qkv(x), 3, module.num_heads)
     mixed = attention(
@@ -156,6 +160,13 @@ def gcvit(module: Any, attention: Attention, x: Tensor, q_global: Tensor | None 
         num_prefix_tokens=0,
     )
     return module.proj_drop(module.proj(_joined(mixed)))
+
+
+@constant_when_traced
+def _mixes_up_images() -> bool:
+    """True for timm before 1.0.31, which hands the windows of a batch's images the global queries of one another."""
+    version: str = importlib.import_module("timm").__version__
+    return [int(part) for part in re.findall(r"\d+", version)[:3]] < [1, 0, 31]
 
 
 def cait(module: Any, attention: Attention, x: Tensor) -> Tensor:
