@@ -11,7 +11,7 @@ from regard.report import maps, plots
 from regard.report.style import PAPER
 from regard.results import Comparison
 
-__all__ = ["summary_picture", "write_picture"]
+__all__ = ["raster", "summary_picture", "write_picture"]
 
 
 def summary_picture(comparison: Comparison, *, width: int = 1200) -> Image.Image:
@@ -31,7 +31,7 @@ def summary_picture(comparison: Comparison, *, width: int = 1200) -> Image.Image
     dpi = 2 * width / (left.get_figwidth() + max(figure.get_figwidth() for figure in figures))
     margin = width // 25
     dpi *= 1 - 1.5 * margin / (2 * width)
-    column, panels = _raster(left, dpi), [_raster(figure, dpi) for figure in figures]
+    column, panels = raster(left, dpi), [raster(figure, dpi) for figure in figures]
     height = max(column.height, sum(panel.height for panel in panels))
     canvas = Image.new("RGB", (2 * width, height), PAPER)
     canvas.paste(column, (margin // 2, (height - column.height) // 2))
@@ -52,7 +52,8 @@ def write_picture(comparison: Comparison, path: Path, *, width: int = 1200) -> N
     temporary.replace(path)
 
 
-def _raster(figure: Figure, dpi: float) -> Image.Image:
+def raster(figure: Figure, dpi: float) -> Image.Image:
+    """The figure in pixels, on the page's colour."""
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(out, format="png", dpi=dpi, facecolor=PAPER)
     return Image.open(out).convert("RGB")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from regard.benchmark import environment
 from regard.conversion import AttentionCall, features_of, head_fidelity, picture_fidelity, record_attention
-from regard.results import FidelityPoint, FidelityStudy, PictureFidelity, write_text
+from regard.results import FidelityPoint, FidelityStudy, write_text
 from regard.specs import Mechanism, parse
 from regard.studies.fidelity_store import DenseFeatures, FidelityStore, digest
+from regard.studies.near import near_share
 from regard.studies.photographs import choose_photographs, open_photograph
 from regard.studies.settings import SettingsError
 
@@ -29,7 +30,7 @@ __all__ = ["DEFAULT_FIDELITY_MECHANISMS", "FidelitySettings", "StudyInterrupted"
 
 DEFAULT_FIDELITY_MECHANISMS = (
     *(f"knn(topk={1 / n})" for n in (2, 4, 8, 16, 32)),
-    *(f"multipole(num_clusters={n}, near=0)" for n in (64, 128, 256)),
+    *(f"multipole(num_clusters={n}, near=0, far='centroid')" for n in (64, 128, 256)),
     *(
         f"multipole(num_clusters={n}, near={near}, far={far!r})"
         for far in ("centroid", "gaussian")
@@ -190,7 +191,7 @@ class _Job:
         """The model with the mechanism in every layer; all models share the weights' memory."""
         options: dict[str, Any] = {}
         if mechanism is not None:
-            options["attn_layer"] = mechanism.attn_layer().bind(num_prefix_tokens=self.prefix)  # type: ignore[attr-defined]
+            options["attn_layer"] = mechanism.attn_layer(num_prefix_tokens=self.prefix)
         try:
             model = timm.create_model(self.settings.model, num_classes=0, dynamic_img_size=True, **options)
         except (RuntimeError, TypeError) as error:
@@ -223,8 +224,13 @@ class _Job:
         found = features_of(self._models[mechanism], image, num_prefix_tokens=self.prefix)
         seconds = time.perf_counter() - start
         (fidelity,) = picture_fidelity(dense.tokens, found.tokens.cpu(), num_prefix_tokens=self.prefix)
-        layers = self._by_layer(mechanism, size, photo) if mechanism in self.by_layer else None
-        point = FidelityPoint(str(mechanism), size, photo.stem, fidelity, None, seconds, layers)
+        grid = (size // self._patch, size // self._patch)
+        calls, prefix = self._recorded(size, photo), self.prefix
+        layers = None
+        if mechanism in self.by_layer:
+            layers = [head_fidelity(mechanism, one, num_prefix_tokens=prefix, grid_size=grid)[0] for one in calls]
+        share = near_share(mechanism, calls, num_prefix_tokens=prefix, grid_size=grid)
+        point = FidelityPoint(str(mechanism), size, photo.stem, fidelity, share, seconds, layers)
         self.store.save(point, mechanism, photo)
         return point
 
@@ -248,14 +254,12 @@ class _Job:
             self._dense = ((size, photo), dense)
         return self._dense[1]
 
-    def _by_layer(self, mechanism: Mechanism, size: int, photo: Path) -> list[list[PictureFidelity]]:
+    def _recorded(self, size: int, photo: Path) -> list[AttentionCall]:
+        """What every layer of the dense model sees."""
         if self._calls is None or self._calls[0] != (size, photo):
             self._calls = None  # frees the last photograph's before the next are recorded
             self._calls = ((size, photo), record_attention(self.dense, self._image(size, photo)))
-        grid = (size // self._patch, size // self._patch)
-        return [
-            head_fidelity(mechanism, call, num_prefix_tokens=self.prefix, grid_size=grid)[0] for call in self._calls[1]
-        ]
+        return self._calls[1]
 
     def dense_seconds(self) -> dict[str, dict[str, float]]:
         seconds: dict[str, dict[str, float]] = {}
