@@ -231,13 +231,17 @@ def _encoder(layers: int) -> nn.Module:
     return nn.TransformerEncoder(layer, layers) if layers else layer
 
 
+_TRANSFORMERS_VIT = {"num_hidden_layers": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 16} | {
+    "hidden_size": 48,
+    "num_attention_heads": 3,
+}
+
+
 def _transformers(name: str, **options) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
-        small = {"num_hidden_layers": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 16}
-        small |= {"hidden_size": 48, "num_attention_heads": 3}
-        config = getattr(transformers, name.replace("Model", "Config"))(**(options or small))
+        config = getattr(transformers, name.replace("Model", "Config"))(**(options or _TRANSFORMERS_VIT))
         return getattr(transformers, name)(config)
 
     return build
@@ -268,9 +272,15 @@ FAMILIES |= {
         ("dinov2-registers", "Dinov2WithRegistersModel", {}, (5, 5)),
         ("siglip", "SiglipVisionModel", {"MultiheadAttention": _CLASS}, None),
         ("clip", "CLIPVisionModel", {}, (1, 1)),
-        ("beit", "BeitModel", {}, (1, 1)),
     )
 }
+FAMILIES["transformers-beit"] = Family(
+    _transformers("BeitModel", **_TRANSFORMERS_VIT, use_relative_position_bias=True),
+    _square(64),
+    2,
+    prefix=(1, 1),
+    needs="transformers",
+)
 FAMILIES["transformers-segformer"] = Family(
     _transformers("SegformerModel", **_SEGFORMER), _square(64), 4, names_size=False, needs="transformers"
 )

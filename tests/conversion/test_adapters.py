@@ -117,3 +117,9 @@ def test_every_named_class_exists():
         module, kind = name.rsplit(".", 1)
         assert isinstance(getattr(importlib.import_module(module), kind), type)
     assert reason_left(nn.Linear(2, 2)) is None
+
+
+def test_a_class_that_gives_nan_is_no_reason_to_stop():
+    model, images = tnt(), images_for("tnt")
+    images[:, :, :16, :16] = float("nan")
+    assert len(regard.convert(model, "knn", example_inputs=images).converted) == 4

@@ -365,3 +365,36 @@ def test_what_torch_compile_wraps_is_converted_within():
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     record = regard.convert(model, "knn(topk=2)")
     assert [row.module for row in record.rows] == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_the_channels_that_the_model_was_built_for(channels):
+    record = regard.convert(small_vit(in_chans=channels), "knn")
+    assert f"2 x {channels} x 64 x 64" in record.inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, x = small_vit().to(dtype), images().to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        regard.convert(model, "knn(topk=1.0)")
+        found = model(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_torch_export_takes_a_converted_model():
+    model, x = small_vit(), images()
+    regard.convert(model, "knn(topk=4)")
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+def test_parameters_may_be_swapped_for_a_call():
+    model, x = small_vit(), images()
+    regard.convert(model, "knn(topk=4)")
+    doubled = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    expected = torch.func.functional_call(model, doubled, x)
+    model.load_state_dict(doubled)
+    torch.testing.assert_close(expected, model(x))

@@ -43,10 +43,11 @@ def given_inputs(example_inputs: Any) -> Inputs:
 def known_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Random images of the sizes that a model names, the likeliest first; none if it names no size."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1), None)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     seen = set()
-    for source, size in _sizes(model):
-        shape = (_BATCH, channels or size[0], *size[1:])
+    for source, (channels, height, width) in _sizes(model):
+        # A model built for other channels keeps the configuration of the one that was trained.
+        shape = (_BATCH, first or channels, height, width)
         if shape in seen:
             continue
         seen.add(shape)

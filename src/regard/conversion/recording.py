@@ -244,9 +244,14 @@ def _first(output: Any) -> Any:
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Half of the dtype's digits are equal: what rounding leaves far behind, and a wrong equation does not reach."""
+    """Half of the dtype's digits are equal: rounding stays far below, a wrong equation does not.
+
+    Where the class itself gives NaN or infinity there is nothing to compare.
+    """
     if ours.shape != theirs.shape:
         return False
-    theirs = theirs.to(ours.dtype)
-    tolerance = math.sqrt(torch.finfo(ours.dtype).eps) * theirs.abs().max()
-    return bool((((ours - theirs).abs() <= tolerance) | (ours == theirs) | ~theirs.isfinite()).all())
+    finite = theirs.isfinite()
+    ours, theirs = ours[finite], theirs[finite].to(ours.dtype)
+    if not len(theirs):
+        return True
+    return bool(((ours - theirs).abs() <= math.sqrt(torch.finfo(ours.dtype).eps) * theirs.abs().max()).all())
