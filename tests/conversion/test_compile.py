@@ -63,3 +63,13 @@ def test_a_compiled_model_notices_its_conversion():
         assert not torch.allclose(model(images), dense, atol=1e-3)
         regard.restore(compiled)
         assert torch.equal(compiled(images), dense)
+
+
+def test_dynamic_shapes():
+    model = fresh("torch-layer").float()
+    regard.convert(model, "knn(topk=0.5)", example_inputs=images_for("torch-layer").float())
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (10, 13, 21):
+            x = torch.randn(2, tokens, 32)
+            torch.testing.assert_close(compiled(x), model(x))

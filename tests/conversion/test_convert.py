@@ -398,3 +398,22 @@ def test_parameters_may_be_swapped_for_a_call():
     expected = torch.func.functional_call(model, doubled, x)
     model.load_state_dict(doubled)
     torch.testing.assert_close(expected, model(x))
+
+
+def test_an_attention_that_another_library_put_in_place_is_answered(monkeypatch):
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: plain(*args, **options))
+    model, x = small_vit(), images()
+    with regard.converted(model, "knn(topk=2)") as record:
+        assert len(record.converted) == 3
+        found = model(x)
+    assert not torch.allclose(found, model(x), atol=1e-3)
+
+
+def test_keywords_alone_reach_an_adapter_that_reads_the_grid():
+    model = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)).stages[3].blocks[0].attn.eval()
+    inputs = {"x": torch.randn(2, 6, 256), "feat_size": (2, 3)}
+    expected = model(**inputs)
+    with regard.converted(model, "knn(topk=1.0)", example_inputs=inputs) as record:
+        assert len(record.converted) == 1
+        torch.testing.assert_close(model(**inputs), expected)

@@ -36,9 +36,10 @@ def convert(
     The model is run once (evaluation mode, no gradient; then all is as it was) to find where tokens attend to tokens:
     every call of `torch.nn.functional.scaled_dot_product_attention`, and classes that hide theirs and that regard
     knows. Pools with one query, class, channel and outlook attention are left, and so is what the mechanism refuses;
-    the record tells why. deepcopy, pickle, torch.compile, gradients and training work as before.
+    the record tells why. deepcopy, pickle, torch.compile, torch.export, gradients and training work as before;
+    nn.DataParallel does not (use DistributedDataParallel).
 
-    A converted `nn.MultiheadAttention` hands back None for its weights.
+    A converted nn.MultiheadAttention hands back None for its weights.
 
     Args:
         model: any module; of what torch.compile returned, the model within is converted.
@@ -84,6 +85,8 @@ def convert(
 
 def restore(model: nn.Module) -> None:
     """Take out what `convert` put in: the model computes as before, bit for bit. One not converted stays as it is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for seam in seams_of(model):
         remove(seam)
 

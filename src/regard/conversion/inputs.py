@@ -43,14 +43,13 @@ def given_inputs(example_inputs: Any) -> Inputs:
 def known_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Random images of the sizes that a model names, the likeliest first; none if it names no size."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    # A model built for other channels keeps the configuration of the one that was trained: ask its first layer, too.
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    seen = set()
+    shapes: dict[tuple[int, ...], str] = {}
     for source, (channels, height, width) in _sizes(model):
-        # A model built for other channels keeps the configuration of the one that was trained.
-        shape = (_BATCH, first or channels, height, width)
-        if shape in seen:
-            continue
-        seen.add(shape)
+        for number in (first or channels, channels):
+            shapes.setdefault((_BATCH, number, height, width), source)
+    for shape, source in shapes.items():
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         if parameter is not None:
             images = images.to(parameter.device, parameter.dtype)

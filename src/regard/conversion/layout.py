@@ -21,7 +21,7 @@ def layout_of(around: Sequence[nn.Module], tokens: int) -> Layout:
 
     Args:
         around: the modules that hold it, outermost first, and the module itself.
-        tokens: how many queries one call of it has.
+        tokens: how many keys one call of it has.
     """
     grid = next((g for outer in reversed(around) if (g := _fixed_grid(outer)) is not None), None)
     prefix = next((p for outer in reversed(around) if (p := _prefix_tokens(outer)) is not None), 0)

@@ -16,13 +16,13 @@ from regard.conversion.adapters import Adapter, AdapterError, adapter_for, reaso
 from regard.conversion.choice import Choice
 from regard.conversion.inputs import Inputs
 from regard.conversion.layout import layout_of
-from regard.conversion.seam import Layout, Seam, forward_with, is_closed
+from regard.conversion.seam import SCALED_DOT_PRODUCT_ATTENTION, Layout, Seam, forward_with, is_closed
 from regard.specs import Mechanism
 
 __all__ = ["Found", "attention_of", "module_name"]
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
-_WATCHED = {*_SOFTMAX, F.scaled_dot_product_attention, F.multi_head_attention_forward}
+_WATCHED = {*_SOFTMAX, SCALED_DOT_PRODUCT_ATTENTION, F.multi_head_attention_forward}
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # what may be passed by position
 _REFUSALS = (ValueError, TypeError, NotImplementedError)
 
@@ -141,11 +141,13 @@ class _Recorder:
         """One call of a torch function in the running model."""
         if self.asleep or not self.running:
             return
-        module, inputs = next(((m, i) for m, i in reversed(self.running) if not isinstance(m, nn.Softmax)))
+        module, inputs = self.running[-1]
+        if isinstance(module, nn.Softmax) and len(self.running) > 1:  # it belongs to the attention that holds it
+            module, inputs = self.running[-2]
         adapter = self.adapters.get(module)
         if adapter is not None and adapter.forward is not None:
             return
-        if func is F.scaled_dot_product_attention:
+        if func is SCALED_DOT_PRODUCT_ATTENTION:
             options = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
             if adapter is not None and adapter.grid is not None:
                 options["grid_size"] = adapter.grid(module, inputs)
@@ -156,7 +158,8 @@ class _Recorder:
             self._add(module, query.shape[0], key.shape[0], heads, "calls F.multi_head_attention_forward by itself")
         elif func in _SOFTMAX:
             scores, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if scores.dim() >= 3 and dim in (-1, scores.dim() - 1):  # a classifier's are of rank 2
+            over_keys = scores.dim() >= 3 and dim in (-1, scores.dim() - 1)  # a classifier's is of rank 2
+            if over_keys or reason_left(module):
                 heads = scores.shape[-3] if scores.dim() > 3 else 1
                 self._add(module, scores.shape[-2], scores.shape[-1], heads, _by_hand(module))
 
@@ -191,7 +194,7 @@ class _Recorder:
             found.reason = problem
         else:
             found.mechanism, found.adapter = chosen, self.adapters.get(module)
-            found.layout = layout_of((*around, module), tokens)
+            found.layout = layout_of((*around, module), keys)
         self.found[module] = found
         return found
 

@@ -14,6 +14,7 @@ from regard.conversion.adapters import Adapter, Attention, Override
 from regard.specs import Mechanism
 
 __all__ = [
+    "SCALED_DOT_PRODUCT_ATTENTION",
     "Layout",
     "Seam",
     "attends_tokens",
@@ -24,6 +25,9 @@ __all__ = [
     "remove",
     "seams_of",
 ]
+
+# What torch calls by this name: other libraries put functions of their own in its place, which end up calling it.
+SCALED_DOT_PRODUCT_ATTENTION = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Answer(TorchFunctionMode):
         self.attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is SCALED_DOT_PRODUCT_ATTENTION:
             return self.attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

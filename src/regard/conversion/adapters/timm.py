@@ -259,12 +259,12 @@ def _feature_size(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...] | No
     return tuple(inputs[1]) if len(inputs) > 1 else None
 
 
-def _channels_first(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(inputs[0].shape[2:])
+def _channels_first(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...] | None:
+    return tuple(inputs[0].shape[2:]) if inputs else None
 
 
-def _channels_last(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(inputs[0].shape[1:-1])
+def _channels_last(_module: Any, inputs: tuple[Any, ...]) -> tuple[int, ...] | None:
+    return tuple(inputs[0].shape[1:-1]) if inputs else None
 
 
 _QKV = ("num_heads", "qkv", "attn_drop", "proj", "proj_drop")
