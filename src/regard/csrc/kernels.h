@@ -1,12 +1,14 @@
 // One instruction set's kernels.
 #pragma once
 
+#include "kmeans.h"
 #include "knn.h"
 #include "multipole.h"
 
 namespace regard {
 
 struct Kernels {
+  KmeansKernels kmeans;
   KnnKernels knn;
   MultipoleKernels multipole;
 };

@@ -19,6 +19,9 @@ namespace {
 #include "vec_avx512.h"
 #include "rows.h"
 #include "selection.h"
+namespace kmeans {
+#include "kmeans_kernels.h"
+}  // namespace kmeans
 namespace knn {
 #include "knn_kernels.h"
 #include "knn_backward.h"
@@ -33,6 +36,7 @@ namespace multipole {
 
 const Kernels& kernels_avx512() {
   static const Kernels kernels{
+      {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
   };

@@ -11,6 +11,9 @@ namespace {
 #include "vec_plain.h"
 #include "rows.h"
 #include "selection.h"
+namespace kmeans {
+#include "kmeans_kernels.h"
+}  // namespace kmeans
 namespace knn {
 #include "knn_kernels.h"
 #include "knn_backward.h"
@@ -25,6 +28,7 @@ namespace multipole {
 
 const Kernels& kernels_plain() {
   static const Kernels kernels{
+      {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
   };

@@ -19,6 +19,7 @@ __all__ = [
     "Operator",
     "Refusal",
     "SlowPathWarning",
+    "allows",
     "constant_when_traced",
     "explain",
     "functorch_active",
@@ -152,6 +153,11 @@ def only_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _only = before
+
+
+def allows(backend: str) -> bool:
+    """False inside an `only_backend` of another name: for parts of an operator that have backends of their own."""
+    return _only in (None, backend)
 
 
 def functorch_active() -> bool:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from regard.ops import _library
 from regard.ops._arguments import autocast_off
+from regard.ops._dispatch import allows
+from regard.ops._selection import raised
 
 __all__ = ["KMeansClusters", "cluster_sums", "kmeans_clusters", "spread_over_grid"]
 
@@ -174,6 +177,11 @@ def cluster_sums(x: Tensor, assignment: Tensor, num_clusters: int) -> tuple[Tens
     return sums.unflatten(0, (batch, num_clusters)), counts.unflatten(0, (batch, num_clusters))
 
 
+# The iterations alone, from given centroids: what the C++ kernel computes.
+torch.library.define(
+    "regard::kmeans_lloyd",
+    "(Tensor x, Tensor? mask, Tensor start, int iterations) -> (Tensor assignment, Tensor centroids)",
+)
 torch.library.define(
     "regard::kmeans",
     "(Tensor x, Tensor? mask, SymInt num_clusters, int iterations, SymInt[]? grid_size)"
@@ -184,21 +192,29 @@ torch.library.define(
 def _kmeans(
     x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(x.dtype, torch.float32)
+    if num_clusters == x.shape[1]:
+        own = torch.arange(num_clusters, device=x.device).repeat(x.shape[0], 1)
+        return own, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     with autocast_off(x.device.type):
-        x = x.to(compute)
-        if num_clusters == x.shape[1]:
-            return torch.arange(num_clusters, device=x.device).repeat(x.shape[0], 1), x.clone()
-        # Distances do not change with the origin; near the mean they lose fewest digits.
-        counted = None if mask is None else mask.unsqueeze(-1).to(compute)
-        seen = x.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
-        origin = (x if counted is None else x * counted).sum(dim=1, keepdim=True) / seen
-        x = x - origin
-        centroids = x.gather(1, _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        start = _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        kernel = x.device.type == "cpu" and x.dtype != torch.float64 and allows("cpu") and not _library.problem()
+        if kernel:
+            return torch.ops.regard.kmeans_lloyd(x, mask, x.gather(1, start).float().contiguous(), iterations)
+        return _lloyd(x, mask, start, iterations)
+
+
+def _lloyd(x: Tensor, mask: Tensor | None, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    x = raised(x)
+    counted = None if mask is None else mask.unsqueeze(-1).to(x.dtype)
+    # Distances do not change with the origin; near the mean they lose fewest digits.
+    seen = x.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
+    origin = (x if counted is None else x * counted).sum(dim=1, keepdim=True) / seen
+    x = x - origin
+    centroids = x.gather(1, start)
+    assignment = _assign(x, centroids)
+    for _ in range(iterations):
+        centroids = _move(x, counted, assignment, centroids)
         assignment = _assign(x, centroids)
-        for _ in range(iterations):
-            centroids = _move(x, counted, assignment, centroids)
-            assignment = _assign(x, centroids)
     return assignment, centroids + origin
 
 
