@@ -57,6 +57,8 @@ def _(mechanism: Multipole, call: AttentionCall, prefix: int, grid_size: tuple[i
     keys = call.key.shape[-2]
     clusters = min(mechanism.num_clusters or default_num_clusters(keys - prefix), keys - prefix)
     near = share_of(mechanism.near, clusters)
+    if near == 0:
+        return prefix / keys
     scale = call.options.get("scale") or call.query.shape[-1] ** -0.5
     bound = MultipoleCall(
         call.query, call.key, call.value, None, None, clusters, near, mechanism.far == "gaussian", prefix, scale
