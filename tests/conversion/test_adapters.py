@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from model_families import fresh, images_for
+from model_families import fresh, images_for, output_of, randomise
 from torch import nn
 
 import regard
@@ -123,3 +123,34 @@ def test_a_class_that_gives_nan_is_no_reason_to_stop():
     model, images = tnt(), images_for("tnt")
     images[:, :, :16, :16] = float("nan")
     assert len(regard.convert(model, "knn", example_inputs=images).converted) == 4
+
+
+class TestOffsetsAsProducts:
+    """SAM and MViTv2 score offsets by the query: folded into the products, so that no mask is left."""
+
+    @pytest.mark.parametrize("name", ["sam", "mvit-v2", "mvit-v2-cls"])
+    def test_mechanisms_that_take_no_bias_are_not_refused(self, name):
+        model, images = fresh(name), images_for(name)
+        with torch.no_grad():
+            expected = output_of(model, images)
+            record = regard.convert(model, "multipole(num_clusters=3, near=1.0)", example_inputs=images)
+            assert not record.left
+            torch.testing.assert_close(output_of(model, images), expected, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("size", [(4, 4), (6, 5), (3, 9)])
+    @pytest.mark.parametrize("position", ["offsets", "rotary", "none"])
+    def test_sam_on_maps_of_any_size(self, size, position):
+        from timm.layers import RotaryEmbeddingCat
+        from timm.models.vision_transformer_sam import Attention
+
+        options = {
+            "offsets": {"use_rel_pos": True, "input_size": (4, 4)},
+            "rotary": {"rope": RotaryEmbeddingCat(8, in_pixels=False, feat_shape=size)},
+            "none": {},
+        }
+        torch.manual_seed(0)
+        module = randomise(Attention(16, num_heads=2, qk_norm=True, **options[position])).double()
+        x = torch.randn(3, *size, 16, dtype=torch.float64)
+        expected = module(x)
+        with regard.converted(module, "knn(topk=1.0)", example_inputs=x):
+            torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)

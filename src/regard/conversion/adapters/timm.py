@@ -208,15 +208,36 @@ def mvit_v2(module: Any, attention: Attention, x: Tensor, feat_size: Any) -> tup
         pooled.append((tokens if norm is None else norm(tokens), size))
     (query, q_size), (key, k_size), (value, _) = pooled
     prefix = int(module.has_cls_token)
-    bias = None
+    long_query, long_key = query * module.scale, key
     if module.rel_pos_type == "spatial":
-        bias = _offset_scores(query[:, :, prefix:], q_size, k_size, module.rel_pos_h, module.rel_pos_w)
-        bias = F.pad(bias, (prefix, 0, prefix, 0))
+        offsets = (_offsets(table, q, k) for table, q, k in zip(_tables(module), q_size, k_size, strict=True))
+        scores = _offset_scores(query[:, :, prefix:].unflatten(2, tuple(q_size)), *offsets)
+        long_query, long_key = _with_offsets(long_query, key, scores, k_size, prefix)
     grid = tuple(q_size) if tuple(q_size) == tuple(k_size) else None
-    mixed = attention(query, key, value, attn_mask=bias, scale=module.scale, grid_size=grid, num_prefix_tokens=prefix)
+    mixed = attention(long_query, long_key, value, scale=1.0, grid_size=grid, num_prefix_tokens=prefix)
     if module.residual_pooling:
         mixed = mixed + query
     return module.proj(_joined(mixed)), q_size
+
+
+def sam(module: Any, attention: Attention, x: Tensor) -> Tensor:
+    """Attention on a map or a window of it, with MViTv2's offsets or rotary positions (SAM, arXiv 2304.02643)."""
+    size = (x.shape[1], x.shape[2])
+    query, key, value = _heads(module.qkv(x.flatten(1, 2)), 3, module.num_heads)
+    query, key, scale = module.q_norm(query), module.k_norm(key), module.scale
+    if module.use_rel_pos:
+        tables = (_resized(table, 2 * n - 1) for table, n in zip(_tables(module), size, strict=True))
+        offsets = (_offsets(table, n, n) for table, n in zip(tables, size, strict=True))
+        scores = _offset_scores(query.unflatten(2, size), *offsets)
+        (query, key), scale = _with_offsets(query * scale, key, scores, size, 0), 1.0
+    elif module.rope is not None:
+        from timm.layers import apply_rot_embed_cat
+
+        rope = module.rope.get_embed()
+        query, key = (apply_rot_embed_cat(part, rope).type_as(value) for part in (query, key))
+    dropout_p = _dropout(module)
+    mixed = attention(query, key, value, dropout_p=dropout_p, scale=scale, grid_size=size, num_prefix_tokens=0)
+    return module.proj_drop(module.proj(_joined(mixed))).unflatten(1, size)
 
 
 def _pooled(x: Tensor, pool: nn.Module | None, size: Any, heads: int, prefix: int) -> tuple[Tensor, Any]:
@@ -231,12 +252,36 @@ def _pooled(x: Tensor, pool: nn.Module | None, size: Any, heads: int, prefix: in
     return torch.cat((first, grid), dim=2), new_size
 
 
-def _offset_scores(query: Tensor, q_size: Any, k_size: Any, table_h: Tensor, table_w: Tensor) -> Tensor:
-    """(B, H, N, M): the query's product with a vector for the offset along each axis, summed over both axes."""
-    query = query.unflatten(2, tuple(q_size))
-    rows = torch.einsum("bhyxd,ykd->bhyxk", query, _offsets(table_h, q_size[0], k_size[0]))
-    columns = torch.einsum("bhyxd,xkd->bhyxk", query, _offsets(table_w, q_size[1], k_size[1]))
-    return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(4).flatten(2, 3)
+def _tables(module: Any) -> tuple[Tensor, Tensor]:
+    return module.rel_pos_h, module.rel_pos_w
+
+
+def _offset_scores(query: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
+    """(B, H, h, w, D) -> (B, H, h * w, k_h + k_w): each query's products with the vectors of its offsets to the rows of
+    the keys' grid, then to its columns."""
+    rows = torch.einsum("bnhwd,hkd->bnhwk", query, table_h)
+    columns = torch.einsum("bnhwd,wkd->bnhwk", query, table_w)
+    return torch.cat((rows, columns), dim=-1).flatten(2, 3)
+
+
+def _with_offsets(query: Tensor, key: Tensor, scores: Tensor, k_size: Any, prefix: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products contain the offsets' scores: a key marks its row and column, a query brings what
+    each row and column scores.
+
+    So no N x M bias is formed, and mechanisms that take no bias see plain products. Prefix tokens have no place.
+    """
+    height, width = k_size
+    row, column = (torch.eye(n, dtype=key.dtype, device=key.device) for n in (height, width))
+    place = torch.cat((row.repeat_interleave(width, dim=0), column.repeat(height, 1)), dim=1)
+    place = F.pad(place, (0, 0, prefix, 0)).expand(*key.shape[:2], -1, -1)
+    return torch.cat((query, F.pad(scores, (0, 0, prefix, 0))), dim=-1), torch.cat((key, place), dim=-1)
+
+
+def _resized(table: Tensor, offsets: int) -> Tensor:
+    """The table of another image size: one row for each offset, interpolated."""
+    if len(table) == offsets:
+        return table
+    return F.interpolate(table.T.unsqueeze(0), size=offsets, mode="linear").squeeze(0).T
 
 
 def _offsets(table: Tensor, queries: int, keys: int) -> Tensor:
@@ -299,7 +344,9 @@ ADAPTERS: dict[str, Adapter] = {
     "timm.models.visformer.Attention": Adapter(("x",), ("fused_attn",), grid=_channels_first),
     "timm.models.pvt_v2.Attention": Adapter(("x", "feat_size"), grid=_feature_size),
     "timm.models.twins.GlobalSubSampleAttn": Adapter(("x", "size"), grid=_feature_size),
-    "timm.models.vision_transformer_sam.Attention": Adapter(("x",), grid=_channels_last),
+    "timm.models.vision_transformer_sam.Attention": Adapter(
+        ("x",), (*_QKV, "scale", "q_norm", "k_norm", "use_rel_pos", "rope"), sam
+    ),
     "timm.models.twins.LocallyGroupedAttn": Adapter(("x", "size"), ("ws",), grid=_groups),
     "timm.models.maxxvit.AttentionCl": Adapter(("x", "shared_rel_pos"), grid=_channels_last),
     "timm.models.maxxvit.Attention2d": Adapter(("x", "shared_rel_pos"), grid=_channels_first),
