@@ -149,8 +149,8 @@ def _streamed(x: Tensor, num_clusters: list[int], neighbors: int, mask: Tensor |
     with torch.no_grad(), autocast_off(x.device.type):
         for start in range(0, batch, step):
             part = slice(start, start + step)
-            space = _Space(x[part], None if mask is None else mask[part])
-            centers[part] = _centers(space, min(neighbors, tokens), channels)[:, : max(num_clusters)]
+            space = _Space(x[part], None if mask is None else mask[part], min(neighbors, tokens))
+            centers[part] = _centers(space)[:, : max(num_clusters)]
             _assign(space, centers[part], num_clusters, assignments[:, part])
     return assignments, centers
 
@@ -167,20 +167,32 @@ class _Space:
     """Tokens laid out so that one matrix product gives squared distances, less those of the row's token to the origin.
 
     |x_i - x_j|^2 - |x_i|^2 = [-2 x_i, 1] . [x_j, |x_j|^2]: one channel more, and no pass over the distances to add
-    anything. Tokens that take no part lie infinitely far from all.
+    anything. Tokens that take no part lie infinitely far from all, and so does what pads the columns to whole groups.
     """
 
-    def __init__(self, x: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, x: Tensor, mask: Tensor | None, neighbors: int) -> None:
         x = x if x.dtype == torch.float64 else x.float()
-        part = x.square().sum(-1).isfinite()
-        self.part = part if mask is None else part & mask
-        x = x.masked_fill(~self.part[..., None], 0.0)
+        batch, tokens, channels = x.shape
+        self.part = torch.linalg.vector_norm(x, dim=-1).square().isfinite()
+        if mask is not None:
+            self.part = self.part & mask
+        if not bool(self.part.all()):
+            x = x.masked_fill(~self.part[..., None], 0.0)
         # Distances do not change when all tokens are moved, rounding does: it grows with the distance to the origin. A
         # median is one of the data's own numbers, so equal tokens and small whole numbers stay exact.
-        x = x - x[:, :: max(1, x.shape[1] // _CENTRED_ON)].median(dim=1, keepdim=True).values
+        x = x - x[:, :: max(1, tokens // _CENTRED_ON)].median(dim=1, keepdim=True).values
         self.norms = x.square().sum(-1)
-        self.rows = torch.cat([-2.0 * x, torch.ones_like(x[..., :1])], dim=-1)
-        self.columns = torch.cat([x, self.norms.masked_fill(~self.part, math.inf)[..., None]], dim=-1)
+        # The nearest lie in the groups with the nearest members; this many make both sorts as short as can be.
+        self.neighbors = neighbors
+        self.groups = max(neighbors, min(tokens, math.isqrt(neighbors * tokens)))
+        self.group_size = -(-tokens // self.groups)
+        self.rows = x.new_ones(batch, tokens, channels + 1)
+        torch.mul(x, -2.0, out=self.rows[..., :channels])
+        self.padded = x.new_zeros(batch, self.groups * self.group_size, channels + 1)
+        self.columns = self.padded[:, :tokens]
+        self.columns[..., :channels] = x
+        self.columns[..., channels] = self.norms.masked_fill(~self.part, math.inf)
+        self.padded[:, tokens:, channels] = math.inf
         self._room = _room(x)
         self._buffer = x.new_empty(0)
 
@@ -202,9 +214,10 @@ class _Space:
         return torch.bmm(rows, columns, out=self._buffer[: math.prod(shape)].view(shape))
 
 
-def _centers(space: _Space, neighbors: int, channels: int) -> Tensor:
+def _centers(space: _Space) -> Tensor:
     """(B, N) all tokens in the order in which they become centres."""
-    squares, nearest = _neighbors(space, neighbors)
+    squares, nearest = _neighbors(space)
+    channels = space.rows.shape[-1] - 1
     counted = squares.isfinite()
     mean = squares.masked_fill(~counted, 0.0).double().sum(-1) / counted.sum(-1) / channels
     mean = mean.masked_fill(~space.part, math.inf)
@@ -213,22 +226,17 @@ def _centers(space: _Space, neighbors: int, channels: int) -> Tensor:
     return score.masked_fill(~space.part, -math.inf).sort(dim=-1, descending=True, stable=True).indices
 
 
-def _neighbors(space: _Space, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest squared distances of each token, itself among them, and to whom: (B, N, count) each.
+def _neighbors(space: _Space) -> tuple[Tensor, Tensor]:
+    """The smallest squared distances of each token, itself among them, and to whom: (B, N, neighbors) each.
 
     In no particular order; infinite where a token has fewer neighbours.
     """
-    batch, tokens, channels = space.columns.shape
-    # The smallest lie in the groups with the smallest minima; taking both of the sorts as short as can be.
-    groups = max(count, min(tokens, math.isqrt(5 * tokens)))
-    size = -(-tokens // groups)
-    columns = space.columns.new_zeros(batch, channels, size * groups)
-    columns[:, :, :tokens] = space.columns.mT
-    columns[:, -1, tokens:] = math.inf
+    batch, tokens, _ = space.rows.shape
+    count, groups, size = space.neighbors, space.groups, space.group_size
     squares = space.norms.new_empty(batch, tokens, count)
-    nearest = torch.empty(batch, tokens, count, dtype=torch.int64, device=columns.device)
+    nearest = torch.empty(batch, tokens, count, dtype=torch.int64, device=squares.device)
     for samples, rows in space.blocks(tokens, size * groups):
-        tile = space.product(space.rows[samples, rows], columns[samples])
+        tile = space.product(space.rows[samples, rows], space.padded[samples].mT)
         norms = space.norms[samples, rows]
         torch.diagonal(tile, rows.start, 1, 2).copy_(-norms)  # to itself it is 0, whatever the rounding says
         grouped = tile.unflatten(-1, (size, groups))
