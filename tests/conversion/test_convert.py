@@ -111,7 +111,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="model: ResNet has no attention"):
             regard.convert(timm.create_model("resnet10t"), "knn")
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_scripted_and_traced_models(self):
         model = nn.Sequential(nn.Linear(4, 4))
         for other in (

@@ -126,7 +126,7 @@ def test_copies_and_pickles_stand_on_their_own(name):
             assert torch.equal(output_of(other, images), output_of(built(name), images))
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.names_size is False])
+@parametrised(*(name for name, family in FAMILIES.items() if family.names_size is False))
 def test_models_that_name_no_size_ask_for_inputs(name):
     model = fresh(name)
     found = everything_in(model)
