@@ -417,3 +417,11 @@ def test_keywords_alone_reach_an_adapter_that_reads_the_grid():
     with regard.converted(model, "knn(topk=1.0)", example_inputs=inputs) as record:
         assert len(record.converted) == 1
         torch.testing.assert_close(model(**inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_of_a_model_is_run_and_left():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.jit.script(nn.Dropout(0.5)), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    record = regard.convert(model.train(), "knn(topk=3)", example_inputs=torch.randn(2, 6, 16))
+    assert len(record.converted) == 1 and model[0].training and model[1].training

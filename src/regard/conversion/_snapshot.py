@@ -21,7 +21,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     What torch.compile compiled runs eagerly meanwhile, so that all that is hung into the modules is seen.
     """
-    attributes = [(module, _attributes(module)) for module in model.modules()]
+    attributes = [(module, module.training, _attributes(module)) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     places = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
@@ -35,8 +35,10 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            for module, found in attributes:
+            for module, training, found in attributes:
                 _put_back(module, found)
+                if module.training != training:  # scripted modules keep it elsewhere
+                    module.training = training
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
