@@ -7,7 +7,7 @@ from model_families import fresh, images_for, output_of, randomise
 from torch import nn
 
 import regard
-from regard.conversion import adapters
+from regard.conversion import adapters, recording
 from regard.conversion.adapters import Adapter, AdapterError, adapter_for, reason_left
 from regard.conversion.seam import seams_of
 
@@ -154,3 +154,15 @@ class TestOffsetsAsProducts:
         expected = module(x)
         with regard.converted(module, "knn(topk=1.0)", example_inputs=x):
             torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "error", "agree"), [("highest", 1e-3, False), ("high", 1e-3, True)])
+def test_products_in_reduced_precision_are_allowed_their_rounding(precision, error, agree):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        x = torch.ones(4)
+        assert recording._agree(x + error, x) is agree
+        assert not recording._agree(x * 1.5, x)
+    finally:
+        torch.set_float32_matmul_precision(before)
