@@ -27,8 +27,9 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int | str = -1) -
             or its module name, such as "blocks.3.attn".
 
     Returns:
-        (B, H, N, N): row i holds the weights of query i; rows sum to one (to zero where every key is masked). In the
-        dtype that the layer computed in. B * H * N * N entries are held, whatever the mechanism itself needs.
+        (B, H, N, N): row i holds the weights of query i; rows sum to one (to zero where every key is masked). A mixer
+        whose keys are merged tokens tells how much of each token went in. In the dtype that the layer computed in.
+        B * H * N * N entries are held, whatever the mechanism itself needs.
 
     Raises:
         ValueError: the model has no attention mixer, or `layer` names none of them.
