@@ -87,6 +87,8 @@ class TestRecord:
     def test_survives_json(self):
         record = regard.convert(small_vit(), "knn(topk=0.25)", where="blocks.0.*")
         assert ConversionRecord.from_json(record.to_json()) == record
+        with pytest.raises(ValueError, match="ConversionRecord: field 'model' is missing"):
+            ConversionRecord.from_json("{}")
 
     def test_the_text_of_its_mechanisms_converts_again(self):
         model = small_vit()
