@@ -44,6 +44,7 @@ std::tuple<Tensor, Tensor> lloyd(const Tensor& x, std::optional<Tensor> mask, co
   }
   Tensor assignment = torch::stable::new_empty(x, {p.batch, p.tokens}, ScalarType::Long);
   Tensor result = torch::stable::new_empty(x, {p.batch, p.clusters, p.channels}, ScalarType::Float);
+  if (p.batch == 0) return {assignment, result};
   p.assignment = static_cast<int64_t*>(assignment.data_ptr());
   float* centroids = static_cast<float*>(result.data_ptr());
   const float* from = static_cast<const float*>(start.data_ptr());

@@ -20,7 +20,7 @@ class Clusters {
  public:
   static int64_t floats(const MultipoleProblem& p, const Sizes& z) {
     return 3 * (p.clusters + 2) + z.columns * (1 + p.dim + z.value_padded) + W * z.dim_padded +
-           z.clusters_padded * (1 + z.far_dim + z.value_padded) + z.value_padded + 16 * 12;
+           z.clusters_padded * (2 + z.far_dim + z.value_padded) + z.value_padded + 16 * 13;
   }
 
   Clusters(const MultipoleProblem& p, const Sizes& z, Scratch& scratch)
@@ -28,6 +28,7 @@ class Clusters {
         order(integers(scratch, z.columns)), panels(scratch.take(z.columns * p.dim)),
         values(scratch.take(z.columns * z.value_padded)), far_panels(scratch.take(z.clusters_padded * z.far_dim)),
         far_values(scratch.take(z.clusters_padded * z.value_padded)), log_count(scratch.take(z.clusters_padded)),
+        log_spread(scratch.take(z.clusters_padded)),
         problem_(p), sizes_(z), cursor_(integers(scratch, p.clusters + 2)), rows_(scratch.take(W * z.dim_padded)),
         sum_(scratch.take(z.value_padded)) {}
 
@@ -68,6 +69,7 @@ class Clusters {
   float* far_panels;  // means and variances, [clusters_padded / NR][far_dim][NR]
   float* far_values;  // [clusters_padded][value_padded]
   float* log_count;   // [clusters_padded], -inf where a cluster is empty
+  float* log_spread;  // [clusters_padded], of the sum of variances; finite
   bool some_empty = false;
 
  private:
@@ -120,6 +122,7 @@ class Clusters {
   void far_key(int64_t c, bool there) {
     const MultipoleProblem& p = problem_;
     float* out = far_panels + c / NR * NR * sizes_.far_dim + c % NR;
+    float spread = 0.0f;
     for (int64_t d = 0; d < p.dim; ++d) {
       Vec::F sum = Vec::zero(), squares = Vec::zero();
       float mean = 0.0f, variance = 0.0f;
@@ -136,7 +139,10 @@ class Clusters {
       }
       out[d * NR] = mean;
       if (p.second_order) out[(p.dim + d) * NR] = variance;
+      spread += variance;
     }
+    constexpr float kSmallest = 1.175494351e-38f;  // stands for the spread of keys that are all alike: those come last
+    log_spread[c] = __builtin_logf(spread > kSmallest ? spread : kSmallest);
   }
 
   // Short sums, then the sum of those: a cluster may hold all keys.

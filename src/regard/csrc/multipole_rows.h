@@ -94,7 +94,7 @@ class Rows {
 
   static int64_t floats(const MultipoleProblem& p, const Sizes& z) {
     return (kTile + 1) * z.dim_padded + 3 * kTile + kFar * z.far_dim + 2 * (kTile + 1) * (p.clusters + W) +
-           2 * (p.clusters + 2) + 16 * 10;
+           2 * (p.clusters + 2) + z.clusters_padded + W + 16 * 11;
   }
 
   Rows(const MultipoleProblem& p, const Sizes& z, const Clusters& clusters, Scratch& scratch)
@@ -102,7 +102,7 @@ class Rows {
         rows_of(integers(scratch, (kTile + 1) * (p.clusters + W))), first_row(integers(scratch, p.clusters + 2)),
         problem_(p), sizes_(z), clusters_(clusters), resolved_(integers(scratch, kTile)),
         far_queries_(scratch.take(kFar * z.far_dim)), near_(integers(scratch, (kTile + 1) * (p.clusters + W))),
-        cursor_(integers(scratch, p.clusters + 2)) {}
+        cursor_(integers(scratch, p.clusters + 2)), rank_(scratch.take(z.clusters_padded + W)) {}
 
   void load(int64_t batch, int64_t head, int64_t first, int64_t count) {
     const Tensor4& q = problem_.query;
@@ -186,9 +186,13 @@ class Rows {
   void resolve(int64_t query, int64_t r, float* s) {
     const MultipoleProblem& p = problem_;
     const int64_t n = sizes_.clusters_padded;
-    for (int64_t c = 0; c < n; c += W) Vec::store(s + c, Vec::add(Vec::load(s + c), Vec::load(clusters_.log_count + c)));
+    for (int64_t c = 0; c < n; c += W) {
+      const Vec::F x = Vec::add(Vec::load(s + c), Vec::load(clusters_.log_count + c));
+      Vec::store(s + c, x);
+      Vec::store(rank_ + c, Vec::add(x, Vec::load(clusters_.log_spread + c)));
+    }
     const int64_t k = query < p.prefix ? p.clusters : p.near;
-    const RowStats stats = row_stats(s, p.clusters, clusters_.some_empty);
+    const RowStats stats = row_stats(rank_, p.clusters, clusters_.some_empty);
     int32_t* near = near_ + r * (p.clusters + W);
     int64_t found = 0;
     float tau = kInf;
@@ -198,20 +202,21 @@ class Rows {
     } else if (stats.allowed <= k) {
       tau = kLowest;
     } else if (k > 0) {
-      const Cut cut = exact_cut(s, round_up(p.clusters, W), stats.allowed, k, first_guess(stats, static_cast<double>(k), 0.0f),
-                                kLogisticScale * stats.deviation, {kLowest, kInf, stats.allowed, 0});
+      const Cut cut = exact_cut(rank_, round_up(p.clusters, W), stats.allowed, k,
+                                first_guess(stats, static_cast<double>(k), 0.0f), kLogisticScale * stats.deviation,
+                                {kLowest, kInf, stats.allowed, 0});
       tau = cut.tau;
       int64_t room = cut.at_least > k ? k - cut.above : 0;
       for (int64_t c = 0; room > 0; ++c)
-        if (s[c] == tau && --room == 0) last = static_cast<int32_t>(c);
+        if (rank_[c] == tau && --room == 0) last = static_cast<int32_t>(c);
     }
     float unused[2 * W];
     const Vec::F threshold = Vec::set1(tau);
     Vec::F most = Vec::set1(-kInf);
     for (int64_t c = 0; c < n; c += W) {
-      const Vec::F x = Vec::load(s + c);
-      const typename Vec::Mask in = last < n ? kept_lanes(x, threshold, c, last) : Vec::ge(x, threshold);
-      if (Vec::bits(in)) found += Vec::compress(unused, near + found, x, static_cast<int>(c), in);
+      const Vec::F x = Vec::load(s + c), rank = Vec::load(rank_ + c);
+      const typename Vec::Mask in = last < n ? kept_lanes(rank, threshold, c, last) : Vec::ge(rank, threshold);
+      if (Vec::bits(in)) found += Vec::compress(unused, near + found, rank, static_cast<int>(c), in);
       const Vec::F far = Vec::select(in, Vec::set1(-kInf), x);
       most = Vec::max(most, far);
       Vec::store(s + c, far);
@@ -226,4 +231,5 @@ class Rows {
   int32_t* resolved_;
   float* far_queries_;
   int32_t *near_, *cursor_;
+  float* rank_;
 };

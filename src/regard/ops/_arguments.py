@@ -132,8 +132,9 @@ def fold(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor.flatten(0, -4)
 
 
-def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B, M): which keys a mask leaves to all queries and heads of an image. For mechanisms that merge keys.
+def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_head: bool = False) -> Tensor:
+    """(B, M): which keys a mask leaves to all queries and heads of an image; with `by_head` (B, 1 or H, M), to all
+    queries of a head. For mechanisms that merge keys.
 
     Args:
         mask: boolean (True = attend), broadcastable to `shape`, with 1 in the places of heads and queries, or one row
@@ -148,7 +149,7 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tens
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
             f"attn_mask: expected a boolean tensor (True = attend), got {found}; keys that are merged into one cannot "
-            "each have a bias"
+            "keep their biases"
         )
     if mask.device != device:
         raise ValueError(f"attn_mask: on {mask.device}, the query on {device}; move one of them")
@@ -156,15 +157,18 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tens
     aligned = (1,) * max(missing, 0) + tuple(mask.shape)
     if missing < 0 or any(size not in (1, whole) for size, whole in zip(aligned, shape, strict=False)):
         raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., H, 1, M) = {shape}")
+    given = tuple(mask.shape)
     mask = mask.expand(aligned)
-    for place, what in ((-2, "queries"), (-3, "heads")):
+    fix = "(..., 1, M)" if by_head else "(..., 1, 1, M)"
+    for place, what in ((-2, "queries"),) if by_head else ((-2, "queries"), (-3, "heads")):
         if mask.shape[place] != 1 and mask.stride(place) != 0:
             raise ValueError(
-                f"attn_mask: shape {tuple(mask.shape)} may differ between {what}, but a cluster is seen whole or not "
-                "at all, by all alike; give a mask (..., 1, 1, M) that hides keys from all"
+                f"attn_mask: shape {given} may differ between {what}, but a cluster is seen whole or not "
+                f"at all, by all alike; give a mask {fix} that hides keys from all"
             )
         mask = mask.narrow(place, 0, min(mask.shape[place], 1))
-    return mask.expand(*shape[:-3], 1, 1, shape[-1]).reshape(-1, shape[-1])
+    mask = mask.squeeze(-2).expand(*shape[:-3], mask.shape[-3], shape[-1])
+    return mask.reshape(-1, *mask.shape[-2:]) if by_head else mask.reshape(-1, shape[-1])
 
 
 def heads_last(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 __all__ = ["DEFAULT_MECHANISMS", "CompareSettings", "SettingsError"]
 
-DEFAULT_MECHANISMS = ("dense", "knn(topk=0.5)", "knn(topk=0.125)")
+DEFAULT_MECHANISMS = ("dense", "knn(topk=0.125)", "clustered", "multipole")
 
 
 class SettingsError(ValueError):

@@ -145,11 +145,15 @@ def _assign(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _move(x: Tensor, counted: Tensor | None, assignment: Tensor, centroids: Tensor) -> Tensor:
+def _shown(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _move(x: Tensor, mask: Tensor | None, assignment: Tensor, centroids: Tensor) -> Tensor:
     """The means of the clusters; where one has no tokens, its centroid as it was."""
-    sums, counts = cluster_sums(x if counted is None else x * counted, assignment, centroids.shape[1])
-    if counted is not None:
-        counts = cluster_sums(counted, assignment, centroids.shape[1])[0].squeeze(-1)
+    sums, counts = cluster_sums(_shown(x, mask), assignment, centroids.shape[1])
+    if mask is not None:
+        counts = cluster_sums(mask.unsqueeze(-1).to(x.dtype), assignment, centroids.shape[1])[0].squeeze(-1)
     return torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centroids)
 
 
@@ -205,15 +209,14 @@ def _kmeans(
 
 def _lloyd(x: Tensor, mask: Tensor | None, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     x = raised(x)
-    counted = None if mask is None else mask.unsqueeze(-1).to(x.dtype)
     # Distances do not change with the origin; near the mean they lose fewest digits.
-    seen = x.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
-    origin = (x if counted is None else x * counted).sum(dim=1, keepdim=True) / seen
+    seen = x.shape[1] if mask is None else mask.sum(dim=1).clamp(min=1)[:, None, None]
+    origin = _shown(x, mask).sum(dim=1, keepdim=True) / seen
     x = x - origin
     centroids = x.gather(1, start)
     assignment = _assign(x, centroids)
     for _ in range(iterations):
-        centroids = _move(x, counted, assignment, centroids)
+        centroids = _move(x, mask, assignment, centroids)
         assignment = _assign(x, centroids)
     return assignment, centroids + origin
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, lowered_for_autocast
+from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
 from regard.ops._counts import share_of
 from regard.ops._dispatch import Operator
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
@@ -65,10 +65,10 @@ def multipole_attention(
 ) -> Tensor:
     """Attention with a near field of exact keys and a far field of clusters.
 
-    The keys are grouped by k-means, without gradient. Each query ranks the clusters by the mass that it estimates for
-    them, n exp(q . mean), times exp(q^T diag(variance) q / 2) with far="gaussian". The keys of the first `near`
-    clusters enter its softmax one by one; every other cluster enters as one key of that mass, with its mean value.
-    Means and variances carry gradient. (Improved clustered attention, arXiv 2007.04825, keeps single keys of the best
+    The keys are grouped by k-means, without gradient. Each query estimates the mass of every cluster: n exp(q . mean),
+    times exp(q^T diag(variance) q / 2) with far="gaussian". The keys of the `near` clusters with the largest mass times
+    spread (the sum of their variances: seen from afar a tight cluster is right, however heavy) enter its softmax one by
+    one; every other cluster enters as one key of its mass, with its mean value. Means and variances carry gradient. (Improved clustered attention, arXiv 2007.04825, keeps single keys of the best
     clusters and multipole attention for language models, arXiv 2506.13059, whole clusters; this is the latter's idea,
     with clusters in the queries' metric and the second-order far field.)
 
@@ -190,33 +190,14 @@ def _check_grid(grid_size: Sequence[int] | None, cells: int) -> tuple[int, ...] 
 
 def _visible(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """(B, H_kv, M): the keys that all queries may see."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"attn_mask: expected a boolean tensor (True = attend), got {found}; a cluster's one logit cannot carry "
-            "its keys' biases"
-        )
-    if mask.device != query.device:
-        raise ValueError(f"attn_mask: on {mask.device}, the query on {query.device}; move one of them")
     heads, key_heads = query.shape[-3], key.shape[-3]
-    full = (*query.shape[:-2], query.shape[-2], key.shape[-2])
-    aligned = (1,) * max(0, len(full) - mask.dim()) + tuple(mask.shape)
-    if len(aligned) != len(full) or any(size not in (1, whole) for size, whole in zip(aligned, full, strict=True)):
-        raise ValueError(f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., H, 1, M) = {full}")
-    if aligned[-2] != 1 and mask.stride(-2) == 0:  # one row, expanded
-        mask, aligned = mask[..., :1, :], (*aligned[:-2], 1, aligned[-1])
-    if aligned[-2] != 1:
-        raise ValueError(
-            f"attn_mask: shape {tuple(mask.shape)} may differ between queries, but a cluster is seen whole or not at "
-            "all; multipole attention takes masks (..., 1, M) that hide keys from all queries"
-        )
-    if aligned[-3] != 1 and heads != key_heads:
+    seen = key_mask(mask, (*query.shape[:-1], key.shape[-2]), query.device, by_head=True)
+    if seen.shape[1] != 1 and heads != key_heads:
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} differs between query heads that share the clusters of a key head; "
             "give a mask with 1 in the heads' place"
         )
-    mask = mask.reshape(aligned).squeeze(-2)
-    return mask.expand(*query.shape[:-3], key_heads, key.shape[-2]).reshape(-1, key_heads, key.shape[-2])
+    return seen.expand(-1, key_heads, -1)
 
 
 OPERATOR = Operator(

@@ -73,7 +73,7 @@ class MultipoleCall:
 
     def ungrouped(self, rows: Tensor) -> Tensor:
         """The inverse of `grouped`."""
-        return rows.unflatten(2, (self.groups, -1)).flatten(1, 2)
+        return rows.unflatten(2, (self.groups, rows.shape[2] // self.groups)).flatten(1, 2)
 
 
 def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int, ...] | None) -> Tensor:

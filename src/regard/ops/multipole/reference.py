@@ -11,7 +11,18 @@ from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
 from regard.ops.clustering.kmeans import cluster_sums
 from regard.ops.multipole.call import MultipoleCall
 
-__all__ = ["FarField", "cluster_logits", "far_field", "key_logits", "multipole_attention_reference", "row_weights"]
+__all__ = [
+    "FarField",
+    "cluster_logits",
+    "far_field",
+    "key_logits",
+    "keys_and_values",
+    "multipole_attention_reference",
+    "row_weights",
+]
+
+# Stands for the spread of clusters whose keys are all alike: they come last.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 Select = Callable[[Tensor, int], Tensor]
 
@@ -23,18 +34,20 @@ class FarField(NamedTuple):
         log_count: (B, H_kv, C), -inf for an empty cluster.
         key, variance: (B, H_kv, C, D), mean and variance of its keys in each dimension.
         value: (B, H_kv, C, D_v), mean of its values.
+        log_spread: (B, H_kv, C), logarithm of the mean squared distance of its keys to their mean; no gradient.
     """
 
     log_count: Tensor
     key: Tensor
     variance: Tensor
     value: Tensor
+    log_spread: Tensor
 
 
 def far_field(call: MultipoleCall) -> FarField:
     """The clusters' moments; means and variances carry gradient to keys and values."""
-    prefix, clusters, heads = call.num_prefix_tokens, call.num_clusters, call.key.shape[1]
-    key, value = (raised(t)[:, :, prefix:].flatten(0, 1) for t in (call.key, call.value))
+    prefix, clusters, (batch, heads) = call.num_prefix_tokens, call.num_clusters, call.key.shape[:2]
+    key, value = (t[:, :, prefix:].flatten(0, 1) for t in keys_and_values(call))
     assignment = call.clusters.flatten(0, 1)
     shown = torch.ones_like(key[..., :1])
     if call.visible is not None:
@@ -47,8 +60,18 @@ def far_field(call: MultipoleCall) -> FarField:
     mean_key, mean_value = mean(key), mean(value)
     own = mean_key.gather(1, assignment.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
     variance = mean((key - own).square())
-    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value)
-    return FarField(*(part.unflatten(0, (-1, heads)) for part in parts))
+    spread = variance.detach().sum(dim=-1).clamp(min=_SMALLEST).log()
+    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value, spread)
+    return FarField(*(part.unflatten(0, (batch, heads)) for part in parts))
+
+
+def keys_and_values(call: MultipoleCall) -> tuple[Tensor, Tensor]:
+    """Raised; hidden ones are zero, so that it does not matter what they hold."""
+    key, value = raised(call.key), raised(call.value)
+    if call.visible is None:
+        return key, value
+    hidden = ~call.visible.unsqueeze(-1)
+    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
 
 
 def cluster_logits(call: MultipoleCall, field: FarField, rows: Tensor) -> Tensor:
@@ -78,7 +101,8 @@ def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Sele
         clusters, and the other clusters.
     """
     far = cluster_logits(call, field, rows)
-    near = select(far.detach(), call.near)
+    # From afar a cluster errs by its mass times its spread: a tight one is right however heavy it is.
+    near = select(far.detach() + field.log_spread.unsqueeze(2), call.near)
     of_key = near.gather(-1, call.clusters.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
     prefix = of_key.new_ones((*of_key.shape[:-1], call.num_prefix_tokens))
     logits = torch.cat([key_logits(call, rows), far], dim=-1)
@@ -90,7 +114,7 @@ def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Sele
 def multipole_attention_reference(call: MultipoleCall, select: Select = kept_by_stable_sort) -> Tensor:
     """(B, H, N, D_v) output of a checked call with its clusters; `select` answers which clusters a row resolves."""
     prefix = call.num_prefix_tokens
-    query, value = raised(call.query), raised(call.value)
+    query, (_, value) = raised(call.query), keys_and_values(call)
     first = key_logits(call, call.grouped(query[:, :, :prefix]))
     outputs = [call.ungrouped(_dropped(call, softmax_of_kept(first, first != float("-inf"))) @ value)]
     field = far_field(call)

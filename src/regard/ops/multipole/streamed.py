@@ -8,7 +8,7 @@ from torch import Tensor
 from regard.ops._arguments import full_precision
 from regard.ops._selection import kept_by_threshold, raised, softmax_of_kept
 from regard.ops.multipole.call import MultipoleCall
-from regard.ops.multipole.reference import FarField, far_field, key_logits, row_weights
+from regard.ops.multipole.reference import FarField, far_field, key_logits, keys_and_values, row_weights
 
 __all__ = ["attend", "gradients"]
 
@@ -39,7 +39,7 @@ def _soft(call: MultipoleCall, field: FarField, rows: Tensor, is_prefix: bool) -
 def attend(call: MultipoleCall) -> Tensor:
     """(B, H, N, D_v) output of a call with its clusters."""
     field = far_field(call)
-    query, values = raised(call.query), torch.cat([raised(call.value), field.value], dim=2)
+    query, values = raised(call.query), torch.cat([keys_and_values(call)[1], field.value], dim=2)
     output = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
     for rows, is_prefix in _blocks(call):
         soft = _soft(call, field, call.grouped(query[:, :, rows]), is_prefix)
@@ -52,7 +52,7 @@ def gradients(call: MultipoleCall, grad_output: Tensor) -> tuple[Tensor, Tensor,
     """Gradients of query, key and value: a cluster's moments hand theirs on to its keys and values."""
     field = far_field(call)
     grad_output = raised(grad_output)
-    query, key, value = raised(call.query), raised(call.key), raised(call.value)
+    query, (key, value) = raised(call.query), keys_and_values(call)
     keys, values = torch.cat([key, field.key], dim=2), torch.cat([value, field.value], dim=2)
     grad_query = torch.empty_like(query)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -89,6 +89,6 @@ def _add_from_moments(
     if call.visible is not None:
         share = share.masked_fill(~call.visible[:, :, prefix:].unsqueeze(-1), 0.0)
     mean, variance, value = grads
-    away = raised(call.key)[:, :, prefix:] - own(field.key)
+    away = keys_and_values(call)[0][:, :, prefix:] - own(field.key)
     grad_key[:, :, prefix:] += share * (own(mean) + 2.0 * own(variance) * away)
     grad_value[:, :, prefix:] += share * own(value)
