@@ -26,8 +26,8 @@ CARD = Card(
     needs_grid=False,
     adds_parameters=False,
     query_masks=False,
-    summary="The clusters of keys with the largest estimated mass are seen key by key; every other cluster is one key: "
-    "its mean, weighted by its mass.",
+    summary="The clusters of keys with the largest estimated mass times spread are seen key by key; every other cluster "
+    "is one key: its mean, weighted by its mass.",
     equation=r"o_i \propto \sum_{j \in \text{near}_i} e^{q_i \cdot k_j} v_j + \sum_{c \notin \text{near}_i} n_c\, "
     r"e^{q_i \cdot \mu_c + \frac12 q_i^\top \operatorname{diag}(\sigma_c^2)\, q_i}\, \bar v_c "
     r"\qquad (q_i \text{ scaled by } 1/\sqrt d)",
@@ -36,8 +36,9 @@ CARD = Card(
         "Multipole attention (arXiv 2506.13059, for the key-value cache of language models) clusters keys and resolves "
         "whole clusters, as here.",
         "Different from both: clusters are found in the queries' metric (each dimension weighed with the queries' root "
-        "mean square), and the far field may be of second order: 'gaussian' knows the variance of a cluster's keys, "
-        "'centroid' their mean alone.",
+        "mean square); they are ranked by mass times spread, for a tight cluster is right from afar however heavy it "
+        "is; and the far field may be of second order: 'gaussian' knows the variance of a cluster's keys, 'centroid' "
+        "their mean alone.",
     ),
     evidence=Evidence(
         identities=(
