@@ -81,6 +81,13 @@ def taken(near: Tensor) -> Select:
     return lambda scores, count: near
 
 
+def ranks(call: MultipoleCall) -> Tensor:
+    """(B, H_kv, R, C): by what rows that are no prefix queries choose the clusters to resolve, in float64."""
+    call = in_float64(call)
+    field, rows = far_field(call), call.grouped(call.query[:, :, call.num_prefix_tokens :])
+    return cluster_logits(call, field, rows) + field.log_spread.unsqueeze(2)
+
+
 def _extremes(x: Tensor, clusters: Tensor, count: int, hidden: Tensor | None) -> Tensor:
     """(B, H_kv, R, C): how far apart each cluster's visible x (B, H_kv, R, M - P) are."""
     index = clusters.unsqueeze(2).expand_as(x)
@@ -109,30 +116,30 @@ def kernel_selection(call: MultipoleCall) -> Tensor:
     apart = _extremes(logits, call.clusters, call.num_clusters, hidden)
     seen = _extremes(weights.clamp(min=1e-300).log(), call.clusters, call.num_clusters, hidden)
     told = (apart > 1e-4) & (seen < 600)
-    far = cluster_logits(exact, field, rows)
-    by_rank = kept_by_stable_sort(far, call.near)
+    rank = ranks(call)
+    by_rank = kept_by_stable_sort(rank, call.near)
     near = torch.where(told, seen > apart / 2, by_rank)
 
     there = field.log_count.unsqueeze(2) > -float("inf")
     allowed = there.sum(dim=-1).clamp(max=call.near).expand(near.shape[:-1])
     assert torch.equal(near.sum(dim=-1), allowed), "another number of clusters than asked for"
     if 0 < call.near < call.num_clusters:
-        bound = _rounding_of_cluster_logits(exact, rows)
-        dropped = (far + bound).masked_fill(near | ~there, -float("inf")).amax(dim=-1)
-        kept = (far + bound).masked_fill(~near, float("inf")).amin(dim=-1)
-        slack = 2.0 * bound.amax(dim=-1)
-        assert (dropped <= kept + slack).all(), "a cluster was dropped that ranks above one that was kept"
+        bound = _rounding_of_ranks(exact, rows)
+        dropped = (rank - bound).masked_fill(near | ~there, -float("inf")).amax(dim=-1)
+        kept = (rank + bound).masked_fill(~near, float("inf")).amin(dim=-1)
+        assert (dropped <= kept).all(), "a cluster was dropped that ranks above one that was kept"
     return near
 
 
-def _rounding_of_cluster_logits(call: MultipoleCall, rows: Tensor) -> Tensor:
-    """How far float32 may take the logits of clusters: the length of their sums times the size of what they sum."""
+def _rounding_of_ranks(call: MultipoleCall, rows: Tensor) -> Tensor:
+    """How far float32 may take the ranks of clusters: the length of their sums times the size of what they sum."""
     field = far_field(call)
     largest = field.log_count.clamp(min=0.0)
     rows = (rows * call.scale).abs()
     size = rows @ far_field(dataclasses.replace(call, key=call.key.abs())).key.mT + largest.unsqueeze(2)
+    size = size + 1.0 + field.log_spread.abs().unsqueeze(2)
     if call.second_order:
-        size = size + 0.5 * (rows.square() @ far_field(call).variance.mT)
+        size = size + 0.5 * (rows.square() @ field.variance.mT)
     terms = call.query.shape[-1] + largest.exp().unsqueeze(2) + 8
     return torch.finfo(torch.float32).eps * terms * size
 

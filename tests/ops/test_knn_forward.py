@@ -1,10 +1,5 @@
 """k-NN attention's output: against its reference in float64, and the identities of its definition."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,23 +284,3 @@ def test_uninitialised_memory_is_never_read() -> None:
             assert torch.equal(knn_attention(query, key, value, topk=k), expected)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@needs_kernels
-@pytest.mark.skipif("REGARD_INSTRUCTION_SET" in os.environ, reason="already held to one instruction set")
-@pytest.mark.parametrize("name", ["avx2", "plain"])
-def test_lesser_instruction_sets_pass_the_same_tests(name: str) -> None:
-    """The whole of the operator's numeric tests in a process that is held to the instruction set."""
-    here = Path(__file__).parent
-    environment = {**os.environ, "REGARD_INSTRUCTION_SET": name}
-    seen = subprocess.run(
-        [sys.executable, "-c", "from regard.ops._library import instruction_set; print(instruction_set())"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    if seen.stdout.strip() != name:
-        pytest.skip(f"this machine has {seen.stdout.strip()} at most")
-    files = [str(here / "test_knn_forward.py"), str(here / "test_knn_backward.py"), str(here / "test_knn_edges.py")]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *files], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
