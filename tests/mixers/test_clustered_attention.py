@@ -59,6 +59,7 @@ def test_reduction_one_is_dense():
     torch.testing.assert_close(mixer(x), dense(x), rtol=0, atol=0)
     mask = torch.arange(TOKENS) % 3 > 0
     torch.testing.assert_close(mixer(x, attn_mask=mask), dense(x, attn_mask=mask[None]))
+    torch.testing.assert_close(mixer.attention_weights(x, mask), dense.attention_weights(x, mask[None]))
     query, key, value = torch.randn(3, 2, HEADS, TOKENS, 16).double()
     torch.testing.assert_close(
         Clustered(1).attend(query, key, value, scale=0.3),

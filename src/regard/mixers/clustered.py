@@ -148,7 +148,7 @@ class ClusteredAttention(AttentionMixer):
         is_causal: bool,
         grid_size: tuple[int, ...] | None,
     ) -> Tensor:
-        """On given queries, keys and values: what `Clustered.attend` does. `forward` merges tokens instead of keys."""
+        """What `Clustered.attend` does. `forward` does it with reduction 1; otherwise it merges tokens, not keys."""
         return Clustered(self.reduction).attend(
             query,
             key,
@@ -160,12 +160,10 @@ class ClusteredAttention(AttentionMixer):
         )
 
     def mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, grid_size: tuple[int, ...] | None) -> Tensor:
-        visible = self._visible(x, attn_mask, is_causal)
         if self.reduction == 1:
-            mask = None if visible is None else visible[:, None, None]
-            return F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask, dropout_p=self.dropout_p)
+            return super().mix(x, attn_mask, is_causal, grid_size)
         query, mixed = self._query(x), []
-        for scale in self._scales(x, visible):
+        for scale in self._scales(x, self._visible(x, attn_mask, is_causal)):
             key, value = self._key_value(scale.merge(x), scale.coarse)
             options: dict[str, Any] = {"attn_mask": scale.seen, "dropout_p": self.dropout_p}
             mixed.append(F.scaled_dot_product_attention(query, key, value, **options))
@@ -184,19 +182,16 @@ class ClusteredAttention(AttentionMixer):
 
         Rows sum to one, up to the published 1e-6; `forward` adds the scales.
         """
+        if self.reduction == 1:
+            return super().attention_weights(x, attn_mask, is_causal, grid_size=grid_size)
         self._grid(x, grid_size)
         batch, tokens, _ = x.shape
         identity = torch.eye(tokens, device=x.device, dtype=x.dtype).expand(batch, tokens, tokens)
-        visible = self._visible(x, attn_mask, is_causal)
-        if self.reduction == 1:
-            mask = None if visible is None else visible[:, None, None]
-            query, key, _ = self.heads(x)
-            return F.scaled_dot_product_attention(query, key, _for_heads(identity, key), attn_mask=mask)
         query, weights = self._query(x), []
-        for scale in self._scales(x, visible):
+        for scale in self._scales(x, self._visible(x, attn_mask, is_causal)):
             key, _ = self._key_value(scale.merge(x), scale.coarse)
-            share = scale.merge(identity).to(key.dtype)
-            weights.append(F.scaled_dot_product_attention(query, key, _for_heads(share, key), attn_mask=scale.seen))
+            share = scale.merge(identity).to(key.dtype)[:, None].expand(-1, self.num_heads, -1, -1)
+            weights.append(F.scaled_dot_product_attention(query, key, share, attn_mask=scale.seen))
         return torch.stack(weights).mean(0)
 
     def _visible(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
@@ -227,11 +222,6 @@ class ClusteredAttention(AttentionMixer):
             projected = F.linear(tokens, self.qkv.weight[self.attn_dim :], bias)
         key, value = projected.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.k_norm(key), value
-
-
-def _for_heads(value: Tensor, key: Tensor) -> Tensor:
-    """(B, M, W) -> (B, H, M, W): the same values in every head."""
-    return value[:, None].expand(-1, key.shape[1], -1, -1)
 
 
 @dataclass(frozen=True)
