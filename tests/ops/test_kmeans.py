@@ -366,9 +366,6 @@ def test_flops_are_those_of_the_distances() -> None:
     assert counter.get_total_flops() == 2 * 2 * 60 * 7 * 8 * 4
 
 
-NO_CHANNELS = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="tokens without channels fail in a reshape")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "names"),
     [
@@ -388,7 +385,7 @@ NO_CHANNELS = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="tokens
         ({"x": torch.zeros(60)}, ValueError, ["x", "(60,)"]),
         ({"x": torch.zeros(60, 8, dtype=torch.int32)}, TypeError, ["x", "int32"]),
         ({"x": [[1.0]]}, TypeError, ["x", "list"]),
-        pytest.param({"x": torch.zeros(2, 60, 0)}, ValueError, ["x", "(2, 60, 0)"], marks=NO_CHANNELS),
+        ({"x": torch.zeros(2, 60, 0)}, ValueError, ["x", "(2, 60, 0)"]),
     ],
     ids=str,
 )

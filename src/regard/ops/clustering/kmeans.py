@@ -4,7 +4,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def kmeans_clusters(
 def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x: expected a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dim() < 2:
+    if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., tokens, channels), got shape {tuple(x.shape)}")
     for name, count, least in (("num_clusters", num_clusters, 1), ("iterations", iterations, 0)):
         if isinstance(count, bool) or not isinstance(count, numbers.Integral | torch.SymInt):
@@ -102,6 +102,8 @@ def spread_over_grid(grid_size: tuple[int, ...], count: int) -> tuple[int, ...]:
     The grid is halved along its longest side, and the count shared in proportion, until one cell of each part is asked
     for: the middle one.
     """
+    if len(grid_size) == 1:
+        return tuple((2 * i + 1) * grid_size[0] // (2 * count) for i in range(count))
     found: list[int] = []
 
     def divide(low: tuple[int, ...], high: tuple[int, ...], share: int) -> None:
@@ -128,12 +130,14 @@ def spread_over_grid(grid_size: tuple[int, ...], count: int) -> tuple[int, ...]:
 def _start(x: Tensor, mask: Tensor | None, num_clusters: int, grid_size: list[int] | None) -> Tensor:
     """(B, M) indices of the tokens from which the centroids start."""
     batch, tokens, _ = x.shape
-    if mask is None:
-        spread = spread_over_grid(tuple(grid_size) if grid_size else (tokens,), num_clusters)
+    if mask is None and grid_size is not None:
+        spread = spread_over_grid(tuple(grid_size), num_clusters)
         return torch.tensor(spread, device=x.device).expand(batch, num_clusters)
+    middles = 2 * torch.arange(num_clusters, device=x.device) + 1
+    if mask is None:
+        return (middles * tokens // (2 * num_clusters)).expand(batch, num_clusters)
     order = torch.argsort(mask, dim=-1, descending=True, stable=True)
-    steps = torch.arange(num_clusters, device=x.device)
-    return order.gather(1, (2 * steps + 1) * mask.sum(dim=-1, keepdim=True) // (2 * num_clusters))
+    return order.gather(1, middles * mask.sum(dim=-1, keepdim=True) // (2 * num_clusters))
 
 
 def _assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -231,6 +235,22 @@ def _fake(
 
 
 torch.library.impl("regard::kmeans", "CompositeExplicitAutograd", _kmeans)
+
+
+@torch.library.register_vmap("regard::kmeans")
+def _vmap(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The mapped dimension becomes a part of the batch."""
+
+    def folded(tensor: Tensor, place: int | None) -> Tensor:
+        tensor = tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)
+        return tensor.flatten(0, 1)
+
+    mask = None if mask is None else folded(mask, in_dims[1])
+    found = torch.ops.regard.kmeans(folded(x, in_dims[0]), mask, *options)
+    assignment, centroids = (one.unflatten(0, (info.batch_size, -1)) for one in found)
+    return (assignment, centroids), (0, 0)
 
 
 @register_flop_formula(torch.ops.regard.kmeans)

@@ -68,9 +68,11 @@ def multipole_attention(
     The keys are grouped by k-means, without gradient. Each query estimates the mass of every cluster: n exp(q . mean),
     times exp(q^T diag(variance) q / 2) with far="gaussian". The keys of the `near` clusters with the largest mass times
     spread (the sum of their variances: seen from afar a tight cluster is right, however heavy) enter its softmax one by
-    one; every other cluster enters as one key of its mass, with its mean value. Means and variances carry gradient. (Improved clustered attention, arXiv 2007.04825, keeps single keys of the best
-    clusters and multipole attention for language models, arXiv 2506.13059, whole clusters; this is the latter's idea,
-    with clusters in the queries' metric and the second-order far field.)
+    one; every other cluster enters as one key of its mass, with its mean value. Means and variances carry gradient.
+
+    After multipole attention for language models (arXiv 2506.13059), which has whole clusters near, and improved
+    clustered attention (arXiv 2007.04825), which has single keys of the best clusters. Other than there, clusters are
+    found in the queries' metric and ranked by spread, too, and the far field may be of second order.
 
     With all clusters near, or a cluster for each key, it equals scaled_dot_product_attention.
 
