@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from regard.conversion._snapshot import left_as_found
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -37,7 +37,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int | str = -1) -
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; compiled code would not see the recorder
     name, mixer = _find(model, layer)
-    with _left_as_found(model, images.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with left_as_found(model):
         with _recorded(mixer) as record:
             model(images)
         if record.args is None:
@@ -83,22 +83,3 @@ def _recorded(mixer: AttentionMixer) -> Iterator[_Record]:
         yield record
     finally:
         hook.remove()
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode; afterwards training flags, buffers and random state are what they were."""
-    training = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    accelerators = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, flag in training.items():
-                module.training = flag
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
