@@ -49,7 +49,7 @@ def test_operators_and_mixers_under_the_oldest_torch(folder):
     path = {"PYTHONPATH": str(package.parent), "REGARD_KERNELS": str(next(package.glob("_C*.so")))}
     assert run(python, "-c", CHECK, **path).startswith("2.11.")
     said = run(
-        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/mixers"),
+        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/mixers", "tests/backbones", "tests/conversion"),
         cwd=ROOT,
         **path,
     )

@@ -186,8 +186,9 @@ def _backend(mechanism: Mechanism, shape: Shape) -> str:
     options: dict[str, Any] = {}
     if dataclasses.is_dataclass(mechanism):
         options = {one.name: getattr(mechanism, one.name) for one in dataclasses.fields(mechanism)}
-    sample = dataclasses.replace(shape, batch=1, tokens=min(shape.tokens, _WARM_UP_TOKENS)).normal(3)
+    size = (1, shape.heads, shape.tokens, shape.head_dim)
+    sample = torch.empty(size, device=shape.device, dtype=shape.torch_dtype)  # nothing is computed with it
     try:
-        return explain(f"{mechanism.name}_attention", *sample, **options).backend
+        return explain(f"{mechanism.name}_attention", sample, sample, sample, **options).backend
     except (TypeError, ValueError):
         return "pytorch"
