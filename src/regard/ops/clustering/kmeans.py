@@ -65,13 +65,10 @@ def kmeans_clusters(
     tokens = x.shape[-2]
     if grid_size is not None and math.prod(grid_size) != tokens:
         raise ValueError(f"grid_size: {tuple(grid_size)} has {math.prod(grid_size)} cells, x has {tokens} tokens")
-    lead = x.shape[:-2]
-    folded = x.detach().reshape(-1, *x.shape[-2:])
     if mask is not None:
-        mask = mask.expand(*lead, tokens).reshape(-1, tokens)
+        mask = mask.expand(x.shape[:-1])
     grid = None if grid_size is None else list(grid_size)
-    assignment, centroids = torch.ops.regard.kmeans(folded, mask, num_clusters, iterations, grid)
-    return KMeansClusters(assignment.reshape(*lead, tokens), centroids.reshape(*lead, num_clusters, x.shape[-1]))
+    return KMeansClusters(*torch.ops.regard.kmeans(x.detach(), mask, num_clusters, iterations, grid))
 
 
 def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -> None:
@@ -200,6 +197,16 @@ torch.library.define(
 def _kmeans(
     x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
 ) -> tuple[Tensor, Tensor]:
+    lead = x.shape[:-2]
+    x = x.reshape(-1, *x.shape[-2:])
+    mask = None if mask is None else mask.reshape(-1, x.shape[1])
+    found = _folded_kmeans(x, mask, num_clusters, iterations, grid_size)
+    return found[0].reshape(*lead, x.shape[1]), found[1].reshape(*lead, num_clusters, x.shape[2])
+
+
+def _folded_kmeans(
+    x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
+) -> tuple[Tensor, Tensor]:
     if num_clusters == x.shape[1]:
         own = torch.arange(num_clusters, device=x.device).repeat(x.shape[0], 1)
         return own, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -230,8 +237,8 @@ def _fake(
     x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    assignment = x.new_empty(x.shape[:2], dtype=torch.int64)
-    return assignment, x.new_empty((x.shape[0], num_clusters, x.shape[2]), dtype=compute)
+    assignment = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    return assignment, x.new_empty((*x.shape[:-2], num_clusters, x.shape[-1]), dtype=compute)
 
 
 torch.library.impl("regard::kmeans", "CompositeExplicitAutograd", _kmeans)
@@ -241,16 +248,13 @@ torch.library.impl("regard::kmeans", "CompositeExplicitAutograd", _kmeans)
 def _vmap(
     info: Any, in_dims: tuple[Any, ...], x: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """The mapped dimension becomes a part of the batch."""
+    """The mapped dimension is one more of the leading ones."""
 
-    def folded(tensor: Tensor, place: int | None) -> Tensor:
-        tensor = tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)
-        return tensor.flatten(0, 1)
+    def mapped(tensor: Tensor, place: int | None) -> Tensor:
+        return tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)
 
-    mask = None if mask is None else folded(mask, in_dims[1])
-    found = torch.ops.regard.kmeans(folded(x, in_dims[0]), mask, *options)
-    assignment, centroids = (one.unflatten(0, (info.batch_size, -1)) for one in found)
-    return (assignment, centroids), (0, 0)
+    mask = None if mask is None else mapped(mask, in_dims[1])
+    return torch.ops.regard.kmeans(mapped(x, in_dims[0]), mask, *options), (0, 0)
 
 
 @register_flop_formula(torch.ops.regard.kmeans)
@@ -258,5 +262,4 @@ def kmeans_flops(
     x: tuple[int, ...], mask: object, num_clusters: int, iterations: int, *rest: object, **kwargs: object
 ) -> int:
     """The distances' products, once for each assignment: 2 N M C."""
-    batch, tokens, channels = x
-    return 2 * batch * tokens * num_clusters * channels * (iterations + 1)
+    return 2 * math.prod(x) * num_clusters * (iterations + 1)

@@ -91,8 +91,8 @@ def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int,
         if call.visible is not None and query.shape[2] == key.shape[2]:  # padding has no say, as query either
             shown = call.visible[:, :, prefix:].repeat_interleave(call.groups, dim=1)
             query = query.masked_fill(~shown.unsqueeze(-1), 0.0)
-        rows = call.grouped(query)
-        weight = rows.square().sum(dim=2, keepdim=True).sqrt()
+        weight = query.square().sum(dim=2, keepdim=True)
+        weight = weight.unflatten(1, (key.shape[1], call.groups)).sum(dim=2).sqrt()
         # Only the ratio of the weights counts. One bad query must not spoil the clusters of all.
         weight = weight / weight.amax(dim=-1, keepdim=True)
         key = key * torch.where(weight.isfinite().all(dim=-1, keepdim=True), weight, 1.0)
