@@ -34,7 +34,9 @@ _EXPORTS = {
     "convert": "regard.conversion",
     "converted": "regard.conversion",
     "restore": "regard.conversion",
+    "tune": "regard.conversion",
     "ConversionRecord": "regard.results",
+    "Tuning": "regard.results",
     "compare": "regard.studies",
     "CompareSettings": "regard.studies",
 }
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from regard.conversion import convert as convert
     from regard.conversion import converted as converted
     from regard.conversion import restore as restore
+    from regard.conversion import tune as tune
     from regard.mixers import KNN as KNN
     from regard.mixers import Clustered as Clustered
     from regard.mixers import ClusteredAttention as ClusteredAttention
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
     from regard.results import ConversionRecord as ConversionRecord
+    from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism
     from regard.studies import CompareSettings as CompareSettings
     from regard.studies import compare as compare

@@ -1,4 +1,4 @@
-"""Conversion: a mechanism put into an existing model, and what the model's features keep of it (fidelity)."""
+"""Conversion: a mechanism put into an existing model, what the features keep of it (fidelity), and tuning."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ _EXPORTS = {
     "picture_fidelity": "regard.conversion.fidelity",
     "record_attention": "regard.conversion.layers",
     "restore": "regard.conversion.api",
+    "tune": "regard.conversion.tuning",
 }
 
 __all__ = list(_EXPORTS)
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from regard.conversion.layers import AttentionCall as AttentionCall
     from regard.conversion.layers import head_fidelity as head_fidelity
     from regard.conversion.layers import record_attention as record_attention
+    from regard.conversion.tuning import tune as tune
 
 
 def __getattr__(name: str) -> Any:

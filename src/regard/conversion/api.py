@@ -15,7 +15,7 @@ from regard.conversion.seam import Seam, install, remove, seams_of
 from regard.results import ConversionRecord, ConversionRow
 from regard.specs import Mechanism
 
-__all__ = ["convert", "converted", "restore"]
+__all__ = ["MechanismChoice", "convert", "converted", "find_attention", "restore", "unwrapped"]
 
 MechanismChoice = Mechanism | str | Mapping[str, Mechanism | str | None]
 
@@ -60,9 +60,9 @@ def convert(
         RuntimeError: a class that regard has an adapter for is not as the adapter knows it.
         On every error the model is as it was found.
     """
-    root = _unwrapped(model)
+    root = unwrapped(model)
     choice = Choice(mechanism, where)
-    found, inputs = _found(root, choice, example_inputs)
+    found, inputs = find_attention(root, choice, example_inputs)
     if not found:
         raise ValueError(
             f"model: {type(root).__name__} has no attention that regard can see: nothing in it called "
@@ -107,7 +107,12 @@ def converted(
         restore(model)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself where torch.compile stands around it.
+
+    Raises:
+        TypeError, ValueError: it is no module, scripted or traced, or converted already.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     root = getattr(model, "_orig_mod", model)
@@ -122,8 +127,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return root
 
 
-def _found(model: nn.Module, choice: Choice, example_inputs: Any) -> tuple[list[Found], Inputs]:
-    """The attention modules, and the inputs that showed them."""
+def find_attention(model: nn.Module, choice: Choice, example_inputs: Any) -> tuple[list[Found], Inputs]:
+    """The attention modules, and the inputs that showed them. Raises as `convert` does."""
     if example_inputs is not None:
         inputs = given_inputs(example_inputs)
         return attention_of(model, inputs, choice), inputs

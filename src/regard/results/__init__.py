@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from regard.results._json import fields_of, to_json, write_text
-from regard.results.conversion import ConversionRecord, ConversionRow
+from regard.results.conversion import ConversionRecord, ConversionRow, MeasuredSetting, Tuning
 from regard.results.environment import Environment
 from regard.results.fidelity import Fidelity, FidelityPoint, FidelityStudy, PictureFidelity, Spread
 
@@ -25,9 +25,11 @@ __all__ = [
     "Fidelity",
     "FidelityPoint",
     "FidelityStudy",
+    "MeasuredSetting",
     "PictureFidelity",
     "Spread",
     "TrainingRun",
+    "Tuning",
     "to_json",
     "write_text",
 ]
