@@ -75,7 +75,7 @@ def test_head_losses_show_every_head_once(study):
     figure = head_losses(study, [GAUSSIAN, KNN], 896)
     panel = figure.axes[0]
     texts = [text.get_text() for text in panel.texts]
-    assert texts == [".002", ".20"] * 3
+    assert texts == ["2.0", "200"] * 3
     assert panel.get_title(loc="left") == "16 of 128 clusters, Gaussian"
     assert head_losses(study, [KNN], 896) is None
 

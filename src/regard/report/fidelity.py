@@ -94,7 +94,7 @@ def fidelity_over_share(study: FidelityStudy, size: int, *, goals: tuple[float, 
             )  # fmt: skip
         _cosine_axis(axes)
         _share_axis(axes, zero, [mark.share for marks in families.values() for mark in marks])
-    panels[0].legend(loc="lower right", frameon=False, fontsize=8.5)
+    panels[0].legend(loc="upper left", frameon=False, fontsize=8.5)
     return figure
 
 
@@ -113,9 +113,15 @@ def head_losses(study: FidelityStudy, mechanisms: Sequence[str], size: int) -> F
         )
         for row, layer in enumerate(layers):
             for column, loss in enumerate(layer):
-                dark = norm(max(loss, norm.vmin or 1e-4)) > 0.55
+                dark = norm(max(loss, norm.vmin or 1e-4)) > 0.4
                 axes.text(
-                    column, row, _short(loss), ha="center", va="center", fontsize=7.5, color=PAPER if dark else INK
+                    column,
+                    row,
+                    _thousandths(loss),
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color=PAPER if dark else INK,
                 )
         axes.set_title(_label(mechanism), fontsize=9.5, fontweight="bold", loc="left", pad=8)
         axes.set_xlabel("head")
@@ -125,7 +131,7 @@ def head_losses(study: FidelityStudy, mechanisms: Sequence[str], size: int) -> F
         axes.spines[:].set_visible(False)
     panels[0][0].set_ylabel("layer")
     bar = figure.colorbar(shown, ax=list(panels[0]), fraction=0.03, pad=0.02)
-    bar.set_label("1 - centred cosine to dense attention")
+    bar.set_label("1 - centred cosine to dense attention (in the cells: thousandths)")
     bar.outline.set_visible(False)
     return figure
 
@@ -215,6 +221,8 @@ def _families(study: FidelityStudy, size: int) -> dict[str, list[_Mark]]:
             continue
         all_of = Fidelity.of([point.fidelity for point in points])
         cosines = (all_of.cosine.mean, all_of.centred_cosine.mean)
+        if family == "centroids alone":
+            share = 0.0  # but for the prefix tokens
         found.setdefault(family, []).append(_Mark(share, cosines, _label(mechanism, short=True)))
     return {family: sorted(marks, key=lambda mark: mark.share) for family, marks in found.items()}
 
@@ -256,10 +264,9 @@ def _label(mechanism: str, *, short: bool = False) -> str:
     return mechanism
 
 
-def _short(loss: float) -> str:
-    """.18, .018, .002: two digits that count, at most three places."""
-    text = f"{loss:.2f}" if loss >= 0.1 else f"{loss:.3f}"
-    return text.replace("0.", ".", 1)
+def _thousandths(loss: float) -> str:
+    """0.45 -> 450, 0.0042 -> 4.2: short enough for a cell, and small ones stay apart."""
+    return f"{1000 * loss:.0f}" if loss >= 0.00995 else f"{1000 * loss:.1f}"
 
 
 def _draw_family(axes: Axes, family: str, look: Look, marks: list[_Mark], zero: float, panel: int) -> None:

@@ -70,7 +70,12 @@ def _(mechanism: Multipole, call: AttentionCall, prefix: int, grid_size: tuple[i
         2, assignment, torch.ones_like(assignment, dtype=torch.float)
     )
     seen = [
-        (kept_by_threshold(cluster_logits(bound, field, rows), near) * counts.unsqueeze(2)).sum(dim=-1).flatten()
+        (
+            kept_by_threshold(cluster_logits(bound, field, rows) + field.log_spread.unsqueeze(2), near)
+            * counts.unsqueeze(2)
+        )
+        .sum(dim=-1)
+        .flatten()
         for rows in bound.grouped(call.query[:, :, prefix:]).float().split(1024, dim=2)
     ]
     return float((prefix + torch.cat(seen).mean()) / keys)
