@@ -99,7 +99,7 @@ class Multipole(Mechanism):
     card: ClassVar[Card] = CARD
     num_clusters: int | None = None
     near: int | float = 0.125
-    far: str = "gaussian"
+    far: str = "centroid"
     iterations: int = 2
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class MultipoleAttention(AttentionMixer):
         *args: Any,
         num_clusters: int | None = None,
         near: int | float = 0.125,
-        far: str = "gaussian",
+        far: str = "centroid",
         iterations: int = 2,
         **kwargs: Any,
     ) -> None:
