@@ -1,16 +1,18 @@
 """Attention maps: the same query in the same image, under each mechanism."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from regard.report.style import MUTED, looks, new_figure
+from regard.report.style import MUTED, Styles, looks, new_figure
 from regard.report.summary import mechanisms_of
 from regard.results import AttentionMap, Comparison
 
-__all__ = ["attention_maps", "draw_map", "draw_query", "map_rows"]
+__all__ = ["attention_maps", "draw_map", "draw_query", "draw_rows", "map_rows"]
 
 _QUERY = "#ffffff"
 
@@ -29,9 +31,13 @@ def attention_maps(comparison: Comparison, most: int = 4) -> Figure | None:
     if not rows:
         return None
     columns = [name for name in mechanisms_of(comparison) if any(name in row for row in rows)]
+    return draw_rows(rows, columns, looks(comparison))
+
+
+def draw_rows(rows: Sequence[dict[str, AttentionMap]], columns: Sequence[str], styles: Styles) -> Figure:
+    """The rows' maps in the order of the columns, which name the mechanisms."""
     width = 1.55 * (1 + len(columns)) + 0.2
     figure, grid = new_figure(width, 1.86 * len(rows) + 0.3, nrows=len(rows), ncols=1 + len(columns), squeeze=False)
-    styles = looks(comparison)
     for i, row in enumerate(rows):
         peak = max(np.max(one.weights) for one in row.values())
         draw_query(grid[i][0], next(iter(row.values())))

@@ -2,15 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment as Templates
-from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from regard.report import maps, plots, tables, wording
 from regard.report.findings import crossings, findings, headline
+from regard.report.html import fill, pairs
 from regard.report.style import looks, page_color, svg
 from regard.report.summary import DIRECTIONS, baseline_of, mechanisms_of, summarise
 from regard.results import Comparison, write_text
@@ -35,15 +33,9 @@ def write_report(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
 
 def render_page(comparison: Comparison) -> str:
     """The whole page as HTML text; it asks nothing of the network."""
-    templates = Templates(
-        loader=PackageLoader("regard.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = templates.get_template("compare.html.j2")
-    return template.render(
+    return fill(
+        "compare.html.j2",
+        comparison.environment,
         comparison=comparison,
         headline=headline(comparison),
         findings=findings(comparison),
@@ -54,9 +46,9 @@ def render_page(comparison: Comparison) -> str:
         mechanisms=mechanisms_of(comparison),
         figures=_figures(comparison),
         progress=_progress(comparison),
-        settings=_pairs(comparison.settings),
-        recipe=_pairs(comparison.runs[0].recipe) if comparison.runs else [],
-        environment=_pairs(dataclasses.asdict(comparison.environment)),
+        settings=pairs(comparison.settings),
+        recipe=pairs(comparison.runs[0].recipe) if comparison.runs else [],
+        environment=pairs(dataclasses.asdict(comparison.environment)),
         seconds=[(part, wording.number(seconds)) for part, seconds in comparison.seconds.items()],
         interval=_interval(comparison),
         crossings=crossings(comparison),
@@ -98,15 +90,3 @@ def _interval(comparison: Comparison) -> str:
         {one.difference.pairs for one in summarise(comparison) if one.difference and one.difference.pairs > 1}
     )
     return " or ".join(str(count - 1) for count in pairs)
-
-
-def _pairs(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), _text(value)) for name, value in fields.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={_text(one)}" for name, one in value.items())
-    return str(value) if value not in ("", None) else "–"

@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ __all__ = [
     "label_ends",
     "label_marks",
     "looks",
+    "looks_of",
     "new_figure",
     "page_color",
     "quiet",
@@ -86,8 +88,12 @@ Styles = dict[str, Look]
 
 def looks(comparison: Comparison) -> Styles:
     """A look per mechanism: grey for the baseline, then the palette; dashes change when the colours run out."""
-    baseline = baseline_of(comparison)
-    others = [name for name in mechanisms_of(comparison) if name != baseline]
+    return looks_of(mechanisms_of(comparison), baseline_of(comparison))
+
+
+def looks_of(names: Iterable[str], baseline: str) -> Styles:
+    """The same for mechanisms by name."""
+    others = [name for name in names if name != baseline]
     found = {baseline: Look(_BASELINE, _MARKERS[0], _DASHES[0])}
     for i, name in enumerate(others):
         dash = _DASHES[i // len(_PALETTE) % len(_DASHES)]

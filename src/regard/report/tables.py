@@ -12,7 +12,7 @@ from regard.report import wording
 from regard.report.summary import DIRECTIONS, Summary, baseline_of, largest_size, summarise
 from regard.results import Comparison
 
-__all__ = ["Cell", "Column", "Table", "operator_table", "summary_table", "terminal_table"]
+__all__ = ["Cell", "Column", "Table", "operator_table", "rich_table", "summary_table", "terminal_table"]
 
 
 _SHORT = {"Forward + backward": "fwd + bwd", "Peak memory": "memory"}
@@ -131,14 +131,15 @@ def terminal_table(comparison: Comparison) -> Group:
     """Both tables, at most 80 columns wide with the default mechanisms. Wins are green, losses red."""
     summary = summary_table(comparison)
     model_columns = sum(not column.group.startswith("Operator") for column in summary.columns)
-    parts = [_rich(Table(summary.columns[:model_columns], [row[:model_columns] for row in summary.rows]))]
+    parts = [rich_table(Table(summary.columns[:model_columns], [row[:model_columns] for row in summary.rows]))]
     if comparison.costs:
         sizes = (min(point.tokens for point in comparison.costs), largest_size(comparison.costs))
-        parts.append(_rich(operator_table(comparison, sizes=sizes), title="The operator alone"))
+        parts.append(rich_table(operator_table(comparison, sizes=sizes), title="The operator alone"))
     return Group(*parts)
 
 
-def _rich(table: Table, title: str | None = None) -> RichTable:
+def rich_table(table: Table, title: str | None = None) -> RichTable:
+    """A table for the terminal."""
     drawn = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for i, column in enumerate(table.columns):
         group = (

@@ -10,14 +10,19 @@ from typing import Any, Self
 
 from regard.results._json import fields_of, to_json, write_text
 from regard.results.conversion import ConversionRecord, ConversionRow, MeasuredSetting, Tuning
+from regard.results.conversion_study import ConversionStudy, ConvertedModel, ConvertedPhoto
 from regard.results.environment import Environment
 from regard.results.fidelity import Fidelity, FidelityPoint, FidelityStudy, PictureFidelity, Spread
+from regard.results.maps import AttentionMap
 
 __all__ = [
     "AttentionMap",
     "Comparison",
     "ConversionRecord",
     "ConversionRow",
+    "ConversionStudy",
+    "ConvertedModel",
+    "ConvertedPhoto",
     "CostPoint",
     "Crossover",
     "Environment",
@@ -106,21 +111,6 @@ class Crossover:
     direction: str  # "forward" or "forward+backward"
     tokens: float | None  # interpolated between measured sizes; None: slower than dense at the largest size
     always: bool = False  # already faster at the smallest measured size; `tokens` is then that size
-
-
-@dataclass
-class AttentionMap:
-    """Who one query looks at: weights over the grid of tokens, one map a mechanism, mean over heads."""
-
-    mechanism: str
-    seed: int
-    image_index: int
-    label: str
-    prediction: str
-    layer: int
-    query: tuple[int, int]  # row and column of the query token on the grid
-    weights: list[list[float]]  # grid rows x columns
-    pixels: list[list[list[int]]]  # the image, rows x columns x channels, 0-255
 
 
 @dataclass
