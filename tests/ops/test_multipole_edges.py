@@ -41,7 +41,7 @@ def refused(error, names, *args, **options) -> None:
         ({"num_clusters": 8}, ValueError, ["num_clusters", "8", "7 keys", "(2, 2, 7, 16)", "at most one a key"]),
         ({"num_clusters": 6, "num_prefix_tokens": 2}, ValueError, ["num_clusters", "6", "5 keys", "2 prefix"]),
         ({"near": 4}, ValueError, ["near", "4", "num_clusters is 3", "at most all"]),
-        ({"near": 6, "num_clusters": None}, ValueError, ["near", "6", "5", "at most all"]),  # 2 sqrt(7) = 5
+        ({"near": 8, "num_clusters": None}, ValueError, ["near", "8", "7", "at most all"]),  # one a key
         ({"near": -1}, ValueError, ["near", "-1", "0 clusters or more"]),
         ({"near": True}, TypeError, ["near", "bool"]),
         ({"near": None}, TypeError, ["near", "NoneType"]),

@@ -93,12 +93,12 @@ def _attend(
 @register
 @dataclass(frozen=True, eq=False)
 class Multipole(Mechanism):
-    """Multipole attention, `multipole(near=0.125)` in text. Options as in regard.multipole_attention; with fewer keys
+    """Multipole attention, `multipole(near=0.1)` in text. Options as in regard.multipole_attention; with fewer keys
     than `num_clusters` each key is a cluster."""
 
     card: ClassVar[Card] = CARD
     num_clusters: int | None = None
-    near: int | float = 0.125
+    near: int | float = 0.1
     far: str = "centroid"
     iterations: int = 2
 
@@ -133,7 +133,7 @@ class MultipoleAttention(AttentionMixer):
         num_heads: int = 8,
         *args: Any,
         num_clusters: int | None = None,
-        near: int | float = 0.125,
+        near: int | float = 0.1,
         far: str = "centroid",
         iterations: int = 2,
         **kwargs: Any,

@@ -21,8 +21,8 @@ FAR_FIELDS = ("centroid", "gaussian")
 
 
 def default_num_clusters(keys: int) -> int:
-    """What `num_clusters=None` means: 2 sqrt(keys), so that far field and near field grow alike."""
-    return min(keys, round(2.0 * math.sqrt(keys)))
+    """What `num_clusters=None` means: 4 sqrt(keys), so that the far field grows slowly; see docs/fidelity.md."""
+    return min(keys, round(4.0 * math.sqrt(keys)))
 
 
 def check_clusters(num_clusters: int | None, near: int | float, far: str, iterations: int) -> None:
@@ -80,7 +80,7 @@ def multipole_attention(
         query: (..., H, N, D).
         key: (..., H_kv, M, D).
         value: (..., H_kv, M, D_v).
-        num_clusters: clusters of each key head, at most M - P; None: twice the square root of that.
+        num_clusters: clusters of each key head, at most M - P; None: 4 sqrt(M - P).
         near: int: clusters, at most num_clusters. float in [0, 1]: that fraction, rounded up. 0: far field only.
         far: "centroid", or "gaussian" for the second-order far field.
         num_prefix_tokens: P: the first P keys stand outside of all clusters and are seen by all; the first P queries
