@@ -7,7 +7,13 @@ from regard.mixers import mechanisms, parse_mechanism
 from regard.specs import Mechanism
 
 # Further options worth the generic tests; each mechanism's defaults are in the matrix anyway.
-_MORE = ("knn(topk=3)", "knn(topk=1.0)", "multipole(num_clusters=5, near=2, far='gaussian')", "clustered(reduction=2)")
+_MORE = (
+    "knn(topk=3)",
+    "knn(topk=1.0)",
+    "multipole(num_clusters=5, near=2, far='gaussian')",
+    "clustered(reduction=2)",
+    "multipole(near=20)",
+)
 
 
 def _matrix() -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import multipole_attention
-from regard.ops.multipole.api import check_clusters
+from regard.ops.multipole.api import check_clusters, default_num_clusters
 from regard.specs import Mechanism, register
 
 __all__ = ["CARD", "Multipole", "MultipoleAttention"]
@@ -67,13 +67,12 @@ def _attend(
     """The operator for any number of tokens: at most one cluster a key; a square of keys is taken for their grid."""
     if is_causal:
         raise ValueError("is_causal: a cluster holds earlier and later keys; multipole attention cannot be causal")
-    cells, clusters, near = key.shape[-2] - num_prefix_tokens, mechanism.num_clusters, mechanism.near
-    if clusters is not None:
-        clusters = min(clusters, cells)
+    cells, near = max(0, key.shape[-2] - num_prefix_tokens), mechanism.near
+    clusters = min(mechanism.num_clusters or default_num_clusters(cells), cells)
     if grid_size is None:
-        side = math.isqrt(max(0, cells))
+        side = math.isqrt(cells)
         grid_size = (side, side) if side * side == cells else None
-    if isinstance(near, int) and clusters is not None:
+    if isinstance(near, int):
         near = min(near, clusters)
     return multipole_attention(
         query,
