@@ -282,8 +282,8 @@ def test_near_as_a_fraction_counts_clusters_rounded_up() -> None:
         assert torch.equal(got, want)
 
 
-def test_no_number_of_clusters_means_twice_the_root_of_the_keys() -> None:
-    for keys, clusters in ((1, 1), (2, 2), (4, 4), (100, 20), (401, 40)):
+def test_no_number_of_clusters_means_four_times_the_root_of_the_keys() -> None:
+    for keys, clusters in ((1, 1), (2, 2), (16, 16), (100, 40), (401, 80)):
         query, key, value = inputs(Shape(keys=keys + 1, queries=3), exact=False)
         got, want = (
             multipole_attention(query, key, value, num_clusters=n, near=0.2, num_prefix_tokens=1)

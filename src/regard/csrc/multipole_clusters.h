@@ -106,7 +106,6 @@ class Clusters {
         float* value = values + (column + j) * sizes_.value_padded;
         const int32_t m = order[column + j];
         if (m < 0) {
-          __builtin_memset(rows_ + j * sizes_.dim_padded, 0, sizes_.dim_padded * sizeof(float));
           __builtin_memset(value, 0, sizes_.value_padded * sizeof(float));
           continue;
         }
@@ -114,8 +113,10 @@ class Clusters {
         load_row(at(p.value, batch, head, m), p.value.stride[3], p.value.dtype, p.value_dim, 1.0f, value);
       }
       float* panel = panels + column * p.dim;
+      const int64_t here = smaller(W, begin[c] + count[c] - column);
+      if (here < W) __builtin_memset(panel, 0, p.dim * W * sizeof(float));
       for (int64_t d = 0; d < p.dim; ++d)
-        for (int64_t j = 0; j < W; ++j) panel[d * W + j] = rows_[j * sizes_.dim_padded + d];
+        for (int64_t j = 0; j < here; ++j) panel[d * W + j] = rows_[j * sizes_.dim_padded + d];
     }
   }
 

@@ -202,9 +202,11 @@ class Rows {
     } else if (stats.allowed <= k) {
       tau = kLowest;
     } else if (k > 0) {
-      const Cut cut = exact_cut(rank_, round_up(p.clusters, W), stats.allowed, k,
-                                first_guess(stats, static_cast<double>(k), 0.0f), kLogisticScale * stats.deviation,
-                                {kLowest, kInf, stats.allowed, 0});
+      const int64_t ranks = round_up(p.clusters, W);
+      const float guess = first_guess(stats, static_cast<double>(k), 0.0f);
+      const Cut cut = k <= kFew ? cut_of_few(rank_, ranks, k)
+                                : exact_cut(rank_, ranks, stats.allowed, k, guess, kLogisticScale * stats.deviation,
+                                            {kLowest, kInf, stats.allowed, 0});
       tau = cut.tau;
       int64_t room = cut.at_least > k ? k - cut.above : 0;
       for (int64_t c = 0; room > 0; ++c)

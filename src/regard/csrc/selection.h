@@ -188,6 +188,27 @@ static Cut exact_cut(const float* v, int64_t n, int64_t total, int64_t k, float 
   return cut_in_band(v, n, k, b);
 }
 
+constexpr int64_t kFew = 8;
+
+// The same for k up to kFew, from the largest value downward.
+static __attribute__((noinline)) Cut cut_of_few(const float* v, int64_t n, int64_t k) {
+  float tau = kInf;
+  for (int64_t above = 0;;) {
+    const Vec::F before = Vec::set1(tau);
+    Vec::F most = Vec::set1(-kInf);
+    for (int64_t i = 0; i < n; i += W) {
+      const Vec::F x = Vec::load(v + i);
+      most = Vec::max(most, Vec::select(Vec::gt(before, x), x, Vec::set1(-kInf)));
+    }
+    tau = Vec::largest(most);
+    const Vec::F now = Vec::set1(tau);
+    int64_t equal = 0;
+    for (int64_t i = 0; i < n; i += W) equal += __builtin_popcount(Vec::bits(Vec::eq(Vec::load(v + i), now)));
+    if (above + equal >= k) return {tau, above + equal, above};
+    above += equal;
+  }
+}
+
 // Drops from a list (ordered by index) what the cut drops; ties to the lowest index. Returns its new length, k.
 static int64_t filter_list(float* values, int32_t* indices, int64_t n, int64_t k, const Cut& cut) {
   int64_t kept = 0;
