@@ -21,7 +21,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"regard {regard.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["compare", "--help"], ["list", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["compare", "--help"], ["convert", "--help"], ["list", "--help"]]
+)
 def test_help_imports_no_torch(arguments):
     code = (
         f"import sys; from regard.cli import main; code = main({arguments}); sys.exit(code or 'torch' in sys.modules)"
@@ -61,7 +63,7 @@ def test_a_wrong_option_is_named_in_one_line(arguments, named, capsys):
 
 def test_an_unknown_command_is_told_the_known_ones(capsys):
     assert main(["nothing"]) == 2
-    assert "compare, list, doctor" in capsys.readouterr().err
+    assert "compare, convert, list, doctor" in capsys.readouterr().err
 
 
 def test_list_names_every_mechanism_in_a_form_that_parses(capsys):

@@ -2,7 +2,7 @@
 
 import torch
 
-from regard.studies.maps import _thumbnail, choose_images, choose_query
+from regard.studies.maps import choose_images, choose_query, thumbnail
 
 
 def test_images_are_the_first_of_classes_that_lie_evenly():
@@ -21,8 +21,6 @@ def test_the_query_is_the_token_with_the_most_contrast():
 
 def test_large_images_are_made_small_for_the_page():
     image = torch.randint(0, 256, (3, 448, 224), dtype=torch.uint8)
-    assert _thumbnail(image).shape == (3, 96, 48)
-    assert _thumbnail(image).dtype == torch.uint8
-    assert _thumbnail(image[:, :28, :28]) is not None and torch.equal(
-        _thumbnail(image[:, :28, :28]), image[:, :28, :28]
-    )
+    assert thumbnail(image).shape == (3, 96, 48)
+    assert thumbnail(image).dtype == torch.uint8
+    assert thumbnail(image[:, :28, :28]) is not None and torch.equal(thumbnail(image[:, :28, :28]), image[:, :28, :28])

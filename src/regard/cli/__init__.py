@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
+_COMMANDS = ("compare", "convert", "list", "doctor")
 _DESCRIPTION = "Attention in vision: every token looks at the few others that matter."
 
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _code(stop)
     except SettingsError as error:
-        print(f"regard {arguments[0]}: --{error.setting.replace('_', '-')}: {error.problem}", file=sys.stderr)
+        print(f"regard {arguments[0]}: {_option(arguments[0], error.setting)}: {error.problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -50,10 +51,12 @@ def _read(arguments: list[str]) -> Callable[[], int]:
     import tyro
 
     from regard.cli.compare import Compare
+    from regard.cli.convert import Convert
     from regard.cli.doctor import Doctor
     from regard.cli.listing import List
 
-    commands: dict[str, Callable[..., Callable[[], int]]] = {"compare": Compare, "list": List, "doctor": Doctor}
+    commands: dict[str, Callable[..., Callable[[], int]]]
+    commands = {"compare": Compare, "convert": Convert, "list": List, "doctor": Doctor}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -97,9 +100,14 @@ def _brief(box: str, arguments: list[str]) -> str:
     text = re.sub(r"invalid literal for int\(\) with base 10: (\S+)", r"expected a whole number, got \1", text)
     text = re.sub(r"could not convert string to float: (\S+)", r"expected a number, got \1", text)
     text = re.sub(r"Error parsing (--\S+):", r"\1:", " ".join(text.split()))
-    command = arguments[0] if arguments and arguments[0] in ("compare", "list", "doctor") else ""
+    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
     prog = f"regard {command}".strip()
     return f"{prog}: {text or 'cannot read the options'} (see {prog} --help)"
+
+
+def _option(command: str, setting: str) -> str:
+    """How a setting is written on the command line."""
+    return "MODEL" if (command, setting) == ("convert", "model") else f"--{setting.replace('_', '-')}"
 
 
 def _code(stop: SystemExit) -> int:

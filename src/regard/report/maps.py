@@ -5,16 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from regard.report.style import MUTED, Styles, looks, new_figure
 from regard.report.summary import mechanisms_of
-from regard.results import AttentionMap, Comparison
+from regard.results import AttentionMap, Comparison, ConvertedPhoto
 
-__all__ = ["attention_maps", "draw_map", "draw_query", "draw_rows", "map_rows"]
+__all__ = ["attention_maps", "draw_losses", "draw_map", "draw_query", "draw_rows", "map_rows"]
 
 _QUERY = "#ffffff"
+_LEAST_LOSS = 1e-3  # losses below are drawn like this one
 
 
 def map_rows(comparison: Comparison) -> list[dict[str, AttentionMap]]:
@@ -48,6 +52,31 @@ def draw_rows(rows: Sequence[dict[str, AttentionMap]], columns: Sequence[str], s
                 draw_map(axes, row[name], float(peak))
             if i == 0:
                 axes.set_title(name, color=styles[name].color, fontsize=9.5, loc="center")
+    return figure
+
+
+def draw_losses(photos: Sequence[ConvertedPhoto], columns: Sequence[str], styles: Styles) -> Figure:
+    """Rows: photographs. Columns: the photograph, then 1 - centred cosine of every patch under each mechanism, all on
+    one logarithmic scale, the same on every page."""
+    width = 1.55 * (1 + len(columns)) + 0.9
+    figure, grid = new_figure(width, 1.86 * len(photos) + 0.3, nrows=len(photos), ncols=1 + len(columns), squeeze=False)
+    shades = ScalarMappable(LogNorm(_LEAST_LOSS, 1.0, clip=True), "magma_r")
+    for i, photo in enumerate(photos):
+        grid[i][0].imshow(np.asarray(photo.pixels, dtype=np.uint8), interpolation="none")
+        grid[i][0].set_xlabel(_short(photo.name), fontsize=9)
+        for axes, name in zip(grid[i][1:], columns, strict=True):
+            losses = np.asarray(photo.losses[name], dtype=float)
+            axes.imshow(shades.to_rgba(np.maximum(losses, _LEAST_LOSS), bytes=True)[..., :3], interpolation="none")
+            worst = 1 - np.quantile(losses, 0.99)
+            axes.set_xlabel(f"mean {1 - losses.mean():.4f}, worst 1 % {worst:.3f}", fontsize=8, color=MUTED)
+            if i == 0:
+                axes.set_title(name, color=styles[name].color, fontsize=9.5, loc="center")
+    for axes in grid.flat:
+        _bare(axes)
+    bar = figure.colorbar(shades, ax=list(grid[:, -1]), fraction=0.06, pad=0.03)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.outline.set_visible(False)
     return figure
 
 

@@ -144,7 +144,7 @@ def rich_table(table: Table, title: str | None = None) -> RichTable:
     for i, column in enumerate(table.columns):
         group = (
             ""
-            if column.group.startswith(("Accuracy", "Trained"))
+            if not column.group or column.group.startswith(("Accuracy", "Trained"))
             else f"{_SHORT.get(column.group, column.group.lower())}\n"
         )
         heading = Text.assemble(

@@ -66,7 +66,7 @@ class ConvertedPhoto:
     Args:
         name: of the photograph.
         pixels: rows x columns x channels, 0-255, as the model saw it but smaller.
-        maps: of one query patch in the last layer, by mechanism, `dense` first.
+        maps: of one query patch in the last layer, `dense` first; their own `pixels` are empty.
         losses: 1 - centred cosine of every patch, rows x columns, by mechanism.
     """
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 # At first use, so that the command line reads settings without importing torch.
 _EXPORTS = {
     "CompareSettings": "regard.studies.settings",
+    "ConvertSettings": "regard.studies.settings",
     "FidelitySettings": "regard.studies.fidelity",
     "Interrupted": "regard.studies.comparison",
     "SettingsError": "regard.studies.settings",
     "StudyInterrupted": "regard.studies.fidelity",
     "compare": "regard.studies.comparison",
+    "study_conversion": "regard.studies.conversion",
     "study_fidelity": "regard.studies.fidelity",
 }
 
@@ -20,10 +22,12 @@ __all__ = list(_EXPORTS)
 if TYPE_CHECKING:
     from regard.studies.comparison import Interrupted as Interrupted
     from regard.studies.comparison import compare as compare
+    from regard.studies.conversion import study_conversion as study_conversion
     from regard.studies.fidelity import FidelitySettings as FidelitySettings
     from regard.studies.fidelity import StudyInterrupted as StudyInterrupted
     from regard.studies.fidelity import study_fidelity as study_fidelity
     from regard.studies.settings import CompareSettings as CompareSettings
+    from regard.studies.settings import ConvertSettings as ConvertSettings
     from regard.studies.settings import SettingsError as SettingsError
 
 

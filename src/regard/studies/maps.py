@@ -11,9 +11,7 @@ from regard.inspection import attention_maps
 from regard.mixers import AttentionMixer
 from regard.results import AttentionMap
 
-_THUMBNAIL = 96
-
-__all__ = ["choose_images", "choose_query", "maps_of", "tokens_of"]
+__all__ = ["choose_images", "choose_query", "maps_of", "thumbnail", "tokens_of"]
 
 
 def choose_images(labels: Tensor, count: int) -> list[int]:
@@ -89,15 +87,19 @@ def maps_of(
                 layer=layer,
                 query=query,
                 weights=[[round(value, 6) for value in line] for line in row.reshape(side, side).tolist()],
-                pixels=_thumbnail(images[i]).permute(1, 2, 0).tolist(),
+                pixels=thumbnail(images[i]).permute(1, 2, 0).tolist(),
             )
         )
     return found
 
 
-def _thumbnail(image: Tensor) -> Tensor:
-    """At most 96 pixels a side: the page and the JSON hold the image itself."""
-    scale = _THUMBNAIL / max(image.shape[-2:])
+def thumbnail(image: Tensor, most: int = 96) -> Tensor:
+    """At most so many pixels a side: the page and the JSON hold the image itself.
+
+    Args:
+        image: (channels, height, width), uint8.
+    """
+    scale = most / max(image.shape[-2:])
     if scale >= 1:
         return image
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]

@@ -1,9 +1,12 @@
-"""What a comparison is asked to do: one dataclass, shared by Python and the command line. Knows no torch."""
+"""What a study is asked to do: dataclasses shared by Python and the command line. Knows no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-__all__ = ["DEFAULT_MECHANISMS", "CompareSettings", "SettingsError"]
+import tyro
+
+__all__ = ["DEFAULT_MECHANISMS", "CompareSettings", "ConvertSettings", "SettingsError"]
 
 DEFAULT_MECHANISMS = ("dense", "knn(topk=0.125)", "clustered", "multipole")
 
@@ -66,3 +69,58 @@ class CompareSettings:
             raise SettingsError(
                 "cost_seconds", f"expected seconds of at least 0 (0 leaves it out), got {self.cost_seconds!r}"
             )
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Convert a pretrained model, and measure speed, memory and fidelity against dense attention on photographs.
+
+    Args:
+        model: A model of timm or regard, such as 'vit_small_patch14_dinov2'.
+        images: Folder of photographs; without it those that installed packages carry.
+        checkpoint: File of the model's weights (safetensors or PyTorch); without it timm fetches them.
+        random_weights: Take random weights: speed and memory then tell something, fidelity does not.
+        mechanism: A mechanism in text form, such as 'knn(topk=0.25)'; give the option once for each.
+        size: Side of the square images in pixels; the model's own if not given.
+        pictures: How many photographs of the folder, spread evenly over its sorted names, at most.
+        per_layer: Also judge each layer's attention alone.
+        tune: Find the cheapest mechanism for each layer such that the mean cosine of the features stays at least this,
+            such as 0.995. The candidates are the mechanisms given, or several multipole attentions.
+        save: Write the pattern dict, for regard.convert, to this JSON file.
+        device: Device to run on, such as 'cpu' or 'cuda'.
+        seconds: Time for measuring the speed, at most.
+        out: Folder of page and JSON. Tuning in the same folder again resumes.
+
+    Raises:
+        SettingsError: a value is out of range; it names the setting and what is allowed.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    images: Path | None = None
+    checkpoint: Path | None = None
+    random_weights: bool = False
+    mechanism: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    size: int | None = None
+    pictures: int = 10
+    per_layer: bool = False
+    tune: float | None = None
+    save: Path | None = None
+    device: str = "cpu"
+    seconds: float = 30.0
+    out: Path = Path("regard-convert")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mechanism, str):
+            raise SettingsError("mechanism", f"expected a sequence of texts, got the text {self.mechanism!r}")
+        for name in ("size", "pictures"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise SettingsError(name, f"expected a whole number of at least 1, got {value!r}")
+        if self.tune is not None and not 0.0 < self.tune <= 1.0:
+            raise SettingsError("tune", f"expected a cosine in (0, 1], such as 0.995, got {self.tune!r}")
+        if not 0.0 < self.seconds < float("inf"):
+            raise SettingsError("seconds", f"expected seconds above 0, got {self.seconds!r}")
+        if self.checkpoint is not None and self.random_weights:
+            raise SettingsError("random_weights", "a checkpoint is given, too; take one of the two")
+        if self.save is not None and self.tune is None and len(self.mechanism) > 1:
+            raise SettingsError("save", f"which of {len(self.mechanism)} mechanisms? Give one, or --tune")
