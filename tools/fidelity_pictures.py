@@ -28,7 +28,7 @@ SIZE, PATCH = 896, 14
 MECHANISMS = (
     "knn(topk=0.125)",
     "multipole(num_clusters=128, near=0, far='centroid')",
-    "multipole(num_clusters=128, near=16, far='gaussian')",
+    "multipole(num_clusters=256, near=24, far='centroid')",
 )
 
 

@@ -61,7 +61,7 @@ def test_the_table_of_layers_holds_mean_and_worst_head(study):
 def test_fidelity_over_share_draws_every_family(study):
     figure = fidelity_over_share(study, 896, goals=(0.998, 0.985))
     raw, centred = figure.axes
-    labels = [text.get_text() for text in raw.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["k-NN", "centroids alone", "multipole, Gaussian"]
     heights = {line.get_label(): list(line.get_ydata()) for line in raw.get_lines()}
     assert heights["k-NN"] == pytest.approx([0.016])

@@ -94,7 +94,7 @@ def fidelity_over_share(study: FidelityStudy, size: int, *, goals: tuple[float, 
             )  # fmt: skip
         _cosine_axis(axes)
         _share_axis(axes, zero, [mark.share for marks in families.values() for mark in marks])
-    panels[0].legend(loc="upper left", frameon=False, fontsize=8.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -131,7 +131,7 @@ def head_losses(study: FidelityStudy, mechanisms: Sequence[str], size: int) -> F
         axes.spines[:].set_visible(False)
     panels[0][0].set_ylabel("layer")
     bar = figure.colorbar(shown, ax=list(panels[0]), fraction=0.03, pad=0.02)
-    bar.set_label("1 - centred cosine to dense attention (in the cells: thousandths)")
+    bar.set_label("1 - centred cosine (in the cells: thousandths)")
     bar.outline.set_visible(False)
     return figure
 

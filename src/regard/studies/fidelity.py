@@ -26,16 +26,27 @@ from regard.studies.near import near_share
 from regard.studies.photographs import choose_photographs, open_photograph
 from regard.studies.settings import SettingsError
 
-__all__ = ["DEFAULT_FIDELITY_MECHANISMS", "FidelitySettings", "StudyInterrupted", "study_fidelity"]
+__all__ = [
+    "DEFAULT_FIDELITY_LAYERS",
+    "DEFAULT_FIDELITY_MECHANISMS",
+    "FidelitySettings",
+    "StudyInterrupted",
+    "study_fidelity",
+]
 
 DEFAULT_FIDELITY_MECHANISMS = (
     *(f"knn(topk={1 / n})" for n in (2, 4, 8, 16, 32)),
     *(f"multipole(num_clusters={n}, near=0, far='centroid')" for n in (64, 128, 256)),
     *(
         f"multipole(num_clusters={n}, near={near}, far={far!r})"
+        for n, near in ((64, 8), (128, 8), (128, 12), (128, 16), (256, 16), (256, 24), (256, 32), (512, 16), (512, 32))
         for far in ("centroid", "gaussian")
-        for n, near in ((64, 8), (128, 8), (128, 16), (256, 16), (256, 32), (512, 16), (512, 32))
     ),
+)
+DEFAULT_FIDELITY_LAYERS = (
+    "knn(topk=0.125)",
+    "multipole(num_clusters=128, near=0, far='centroid')",
+    "multipole(num_clusters=128, near=12, far='centroid')",
 )
 
 
@@ -55,7 +66,8 @@ class FidelitySettings:
         weights: The trained model's weights (safetensors).
         photos: Folder of photographs.
         mechanisms: A mechanism in text form, such as 'knn(topk=0.5)'; give it once for each.
-        layers: Those of the mechanisms that are also judged layer by layer and head by head.
+        layers: Those of the mechanisms that are also judged layer by layer and head by head; None takes those of
+            DEFAULT_FIDELITY_LAYERS that are among the mechanisms.
         sizes: Sides of the square images, in pixels; multiples of the model's patch size.
         photos_count: How many of the photographs, spread evenly over the folder's sorted names.
         model: A timm vision transformer, into which the weights load strictly.
@@ -70,7 +82,7 @@ class FidelitySettings:
     weights: Path
     photos: Path
     mechanisms: tuple[str, ...] = DEFAULT_FIDELITY_MECHANISMS
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] | None = None
     sizes: tuple[int, ...] = (518, 896, 1344)
     photos_count: int = 10
     model: str = "vit_small_patch14_dinov2"
@@ -147,7 +159,9 @@ class _Job:
         self.mechanisms = [self._parse("mechanisms", text) for text in settings.mechanisms]
         if len(set(self.mechanisms)) < len(self.mechanisms):
             raise SettingsError("mechanisms", "one is given twice")
-        self.by_layer = [self._parse("layers", text) for text in settings.layers]
+        self.by_layer = [self._parse("layers", text) for text in settings.layers or ()]
+        if settings.layers is None:
+            self.by_layer = [one for one in map(parse, DEFAULT_FIDELITY_LAYERS) if one in self.mechanisms]
         for one in self.by_layer:
             if one not in self.mechanisms:
                 raise SettingsError("layers", f"{one} is not among the mechanisms; add it there")
@@ -308,7 +322,8 @@ def _bars(show: bool) -> Iterator[tuple[Progress, Console]]:
 
 def _command(settings: FidelitySettings) -> str:
     """The command that repeats the study; folders by their last names."""
-    words = ["python", "benchmarks/fidelity.py", "--weights", settings.weights.name, "--photos", settings.photos.name]
+    words = ["python", "benchmarks/fidelity.py"]
+    words += ["--weights", shlex.quote(settings.weights.name), "--photos", shlex.quote(settings.photos.name)]
     defaults = FidelitySettings(settings.weights, settings.photos)
     names = {"mechanisms": "--mechanism", "layers": "--layer", "photos_count": "--photos-count", "sizes": "--sizes"}
     for one in dataclasses.fields(settings):
@@ -320,5 +335,5 @@ def _command(settings: FidelitySettings) -> str:
             words += [name, *map(str, value)]
         else:
             for part in map(str, value) if isinstance(value, tuple) else [str(value)]:
-                words += [name, part]
-    return shlex.join(words)
+                words += [name, f'"{part}"' if "'" in part else shlex.quote(part)]
+    return " ".join(words)
