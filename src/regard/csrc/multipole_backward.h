@@ -124,15 +124,16 @@ class BackwardTile {
   static int64_t near_floats(const Sizes& z) { return kCapacity + (MR + W) * z.columns; }
 
   static int64_t floats(const MultipoleProblem& p, const Sizes& z) {
-    return Rows::floats(p, z) + (kTile + 1) * (z.value_padded + z.dim_padded) + 3 * kTile + 2 * near_floats(z) +
+    return Rows::floats(p, z) + (kTile + 1) * z.value_padded + RowSums::floats(z.dim_padded) + 5 * kTile + 2 * near_floats(z) +
            2 * (kTile + Rows::kFar) * (z.clusters_padded + 16) + Rows::kFar * p.value_dim + z.dim_padded + 16 * 12;
   }
 
   BackwardTile(const MultipoleProblem& p, const MultipoleGradients& g, const Sizes& z, const Clusters& clusters,
                const BackwardMemory& memory, HeadSums& sums, Scratch& scratch)
       : problem_(p), grads_(g), sizes_(z), clusters_(clusters), memory_(memory), sums_(sums), rows_(p, z, clusters, scratch),
-        grad_output_(scratch.take((kTile + 1) * z.value_padded)), grad_query_(scratch.take((kTile + 1) * z.dim_padded)),
-        total_(scratch.take(kTile)), mean_(scratch.take(kTile)), inverse_(scratch.take(kTile)),
+        grad_output_(scratch.take((kTile + 1) * z.value_padded)), grad_query_(z.dim_padded, scratch),
+        total_(reinterpret_cast<double*>(scratch.take(2 * kTile))), mean_(reinterpret_cast<double*>(scratch.take(2 * kTile))),
+        inverse_(scratch.take(kTile)),
         weights_(scratch.take(near_floats(z))), gradients_(scratch.take(near_floats(z))), far_ld_(z.clusters_padded + 16),
         far_(scratch.take((kTile + Rows::kFar) * far_ld_)), far_gradients_(scratch.take((kTile + Rows::kFar) * far_ld_)),
         far_channels_(scratch.take(Rows::kFar * p.value_dim)) {}
@@ -149,15 +150,19 @@ class BackwardTile {
       for (int64_t j = 0; j < here; ++j) add_up(rows[j], s + j * ld, dp + j * ld, ld);
     });
     for (int64_t r = 0; r < count; ++r) {
-      inverse_[r] = rows_.broken[r] ? kNaN : total_[r] > 0.0f ? 1.0f / total_[r] : 0.0f;
-      mean_[r] *= inverse_[r];
+      inverse_[r] = rows_.broken[r] ? kNaN : total_[r] > 0.0 ? static_cast<float>(1.0 / total_[r]) : 0.0f;
+      if (total_[r] > 0.0) mean_[r] /= total_[r];
     }
     if (far) far_field(count);
-    near([&](int64_t c, const int32_t* rows, int64_t here, float* s, float* dp, int64_t ld) { near_field(c, rows, here, s, dp, ld); });
+    near([&](int64_t c, const int32_t* rows, int64_t here, float* s, float* dp, int64_t ld) {
+      grad_query_.at_cluster(c);
+      near_field(c, rows, here, s, dp, ld);
+    });
+    grad_query_.flush();
     const Tensor4& gq = grads_.grad_query;
     for (int64_t r = 0; r < count; ++r)
       store_row(const_cast<char*>(at(gq, batch, head, first + r)), gq.stride[3], gq.dtype, problem_.dim, problem_.scale,
-                grad_query_ + r * sizes_.dim_padded);
+                grad_query_.total(r));
   }
 
  private:
@@ -178,9 +183,8 @@ class BackwardTile {
     for (int64_t r = 0; r < count; ++r)
       load_row(at(go, batch, head, first + r), go.stride[3], go.dtype, problem_.value_dim, 1.0f,
                grad_output_ + r * sizes_.value_padded);
-    __builtin_memset(grad_query_, 0, count * sizes_.dim_padded * sizeof(float));
-    __builtin_memset(total_, 0, count * sizeof(float));
-    __builtin_memset(mean_, 0, count * sizeof(float));
+    grad_query_.clear(count);
+    for (int64_t r = 0; r < count; ++r) total_[r] = mean_[r] = 0.0;
   }
 
   // Logits of the far clusters, and the gradients of their weights.
@@ -216,14 +220,16 @@ class BackwardTile {
   // Logits to weights before division by their sum; adds to that sum, and to sum p dp.
   void add_up(int64_t r, float* s, const float* dp, int64_t n) {
     total_[r] += weigh(s, n, rows_.largest[r]);
-    Vec::F sum = Vec::zero();
-    for (int64_t i = 0; i < n; i += W) sum = Vec::fma(Vec::load(s + i), Vec::load(dp + i), sum);
-    mean_[r] += Vec::sum(sum);
+    for (int64_t run = 0; run < n; run += kRun) {
+      Vec::F sum = Vec::zero();
+      for (int64_t i = run; i < smaller(n, run + kRun); i += W) sum = Vec::fma(Vec::load(s + i), Vec::load(dp + i), sum);
+      mean_[r] += Vec::sum(sum);
+    }
   }
 
   // Weights and gradients of logits, in place.
   void finish(int64_t r, float* s, float* dp, int64_t n) const {
-    const Vec::F inverse = Vec::set1(inverse_[r]), mean = Vec::set1(mean_[r]);
+    const Vec::F inverse = Vec::set1(inverse_[r]), mean = Vec::set1(static_cast<float>(mean_[r]));
     for (int64_t i = 0; i < n; i += W) {
       const Vec::F p = Vec::mul(Vec::load(s + i), inverse);
       Vec::store(s + i, p);
@@ -239,7 +245,7 @@ class BackwardTile {
     point(rows, count, grad_output_, sizes_.value_padded, go);
     for (int64_t j = 0; j < MR; ++j) {
       ones[j] = 1.0f;
-      gq[j] = grad_query_ + (j < count ? rows[j] : kTile) * sizes_.dim_padded;
+      gq[j] = grad_query_.row(j < count ? rows[j] : kTile);
     }
     const int64_t whole = count / (MR / 2) * (MR / 2);
     by_channels(sizes_.value_padded, [&](auto nv, int64_t channel) {
@@ -254,7 +260,9 @@ class BackwardTile {
         spread<nv()>(dp + j * ld, ld, q + j, keys, target, sizes_.dim_padded, channel);
       for (int64_t j = whole; j < count; ++j) spread_one<nv()>(dp + j * ld, q[j], keys, target, sizes_.dim_padded, channel);
       for (int64_t j = 0; j < count; j += MR / 2)
-        blend<nv()>(dp + j * ld, ld, memory_.keys + first * sizes_.dim_padded, sizes_.dim_padded, keys, ones + j, gq + j, channel);
+        for (int64_t m = 0; m < keys; m += kRun)
+          blend<nv()>(dp + j * ld + m, ld, memory_.keys + (first + m) * sizes_.dim_padded, sizes_.dim_padded,
+                      smaller(kRun, keys - m), ones + j, gq + j, channel);
     });
   }
 
@@ -277,7 +285,7 @@ class BackwardTile {
       if (rows_.broken[r]) {  // every cluster that it saw gets NaN
         for (int64_t c = 0; c < clusters; ++c)
           far_[r * far_ld_ + c] = far_gradients_[r * far_ld_ + c] = clusters_.count[c] > 0 ? kNaN : 0.0f;
-        for (int64_t d = 0; d < problem_.dim; ++d) grad_query_[r * ld + d] = kNaN;
+        for (int64_t d = 0; d < problem_.dim; ++d) grad_query_.row(r)[d] = kNaN;
       } else {
         finish(r, far_ + r * far_ld_, far_gradients_ + r * far_ld_, n);
       }
@@ -291,11 +299,11 @@ class BackwardTile {
       by_channels(ld, [&](auto nv, int64_t c) {
         add_outer<nv()>(ds, q, here, clusters, sums_.now.far_keys + c, ld, c);
         for (int64_t j = 0; j < here; ++j)
-          gather_all<nv()>(ds + j * far_ld_, clusters, memory_.far_keys + c, ld, grad_query_ + (r + j) * ld + c, nullptr);
+          gather_all<nv()>(ds + j * far_ld_, clusters, memory_.far_keys + c, ld, grad_query_.row(r + j) + c, nullptr);
         if (!problem_.second_order) return;
         float half_squares[MR / 2][nv() * W], *squares[MR / 2];
         for (int64_t j = 0; j < here; ++j) {
-          gather_all<nv()>(ds + j * far_ld_, clusters, memory_.far_variances + c, ld, grad_query_ + (r + j) * ld + c, q[j] + c);
+          gather_all<nv()>(ds + j * far_ld_, clusters, memory_.far_variances + c, ld, grad_query_.row(r + j) + c, q[j] + c);
           for (int64_t d = 0; d < nv() * W; ++d) half_squares[j][d] = 0.5f * q[j][c + d] * q[j][c + d];
           squares[j] = half_squares[j];
         }
@@ -319,6 +327,10 @@ class BackwardTile {
   // out += weighted sum of n rows, times `factors` where they are given.
   template <int NV>
   static void gather_all(const float* p, int64_t n, const float* rows, int64_t ld, float* out, const float* factors) {
+    if (n > kRun) {
+      gather_all<NV>(p, kRun, rows, ld, out, factors);
+      return gather_all<NV>(p + kRun, n - kRun, rows + kRun * ld, ld, out, factors);
+    }
     Vec::F even[NV], odd[NV];
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) even[i] = odd[i] = Vec::zero();
@@ -350,7 +362,10 @@ class BackwardTile {
   const BackwardMemory& memory_;
   HeadSums& sums_;
   Rows rows_;
-  float *grad_output_, *grad_query_, *total_, *mean_, *inverse_, *weights_, *gradients_;
+  float* grad_output_;
+  RowSums grad_query_;
+  double *total_, *mean_;
+  float *inverse_, *weights_, *gradients_;
   const int64_t far_ld_;
   float *far_, *far_gradients_, *far_channels_;
 };
@@ -392,7 +407,7 @@ static int64_t partial_size(const MultipoleProblem& p) { return HeadSums::size(p
 
 static void backward(
     const MultipoleProblem& p, const MultipoleGradients& g, const Unit* units, int64_t count, float* partial) {
-  constexpr int64_t kRun = 1024;  // query rows in a short sum
+  constexpr int64_t kRows = 1024;  // in a short sum
   const Sizes z(p);
   Scratch scratch(Clusters::floats(p, z) + BackwardMemory::floats(p, z) + HeadSums::floats(p, z) + BackwardTile::floats(p, z));
   Clusters clusters(p, z, scratch);
@@ -414,7 +429,7 @@ static void backward(
         const int64_t here = smaller(is_prefix ? prefix_rows : rows, stop - n);
         tile.run(u->batch, u->key_head * group + head, n, here);
         n += here;
-        if ((run += here) >= kRun) {
+        if ((run += here) >= kRows) {
           sums.flush();
           run = 0;
         }

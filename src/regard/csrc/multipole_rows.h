@@ -73,18 +73,65 @@ static REGARD_INLINE void blend(
 
 static float exp_of(float x) { return Vec::largest(exp_nonpositive(Vec::set1(x))); }
 
+constexpr int64_t kRun = 128;  // terms of a short sum; adding those up rounds less than one long chain
+
 // Logits to weights exp(s - top), in place, zero for -inf; their sum. `n` in whole vectors; top is -inf if all are.
-static float weigh(float* s, int64_t n, float top) {
+static double weigh(float* s, int64_t n, float top) {
   const Vec::F shift = Vec::set1(top > -kInf ? top : 0.0f);
-  Vec::F total = Vec::zero();
-  for (int64_t i = 0; i < n; i += W) {
-    const Vec::F x = Vec::load(s + i);
-    const Vec::F weight = Vec::select(Vec::ge(x, Vec::set1(kLowest)), exp_nonpositive(Vec::sub(x, shift)), Vec::zero());
-    total = Vec::add(total, weight);
-    Vec::store(s + i, weight);
+  double total = 0.0;
+  for (int64_t run = 0; run < n; run += kRun) {
+    Vec::F sum = Vec::zero();
+    for (int64_t i = run; i < smaller(n, run + kRun); i += W) {
+      const Vec::F x = Vec::load(s + i);
+      const Vec::F weight = Vec::select(Vec::ge(x, Vec::set1(kLowest)), exp_nonpositive(Vec::sub(x, shift)), Vec::zero());
+      sum = Vec::add(sum, weight);
+      Vec::store(s + i, weight);
+    }
+    total += Vec::sum(sum);
   }
-  return Vec::sum(total);
+  return total;
 }
+
+// A row for each query of a tile, and one to spare, into which clusters add one after the other: short sums over a few
+// clusters, and the sum of those.
+class RowSums {
+ public:
+  static int64_t floats(int64_t width) { return 2 * ((kTile + 1) * width + 16); }
+  RowSums(int64_t width, Scratch& scratch)
+      : width_(width), now_(scratch.take((kTile + 1) * width)), totals_(scratch.take((kTile + 1) * width)) {}
+  void clear(int64_t rows) {
+    rows_ = rows, epoch_ = 0;
+    __builtin_memset(now_, 0, rows * width_ * sizeof(float));
+    __builtin_memset(totals_, 0, rows * width_ * sizeof(float));
+  }
+  // Cluster `c` comes next.
+  void at_cluster(int64_t c) {
+    if (c / kClusters == epoch_) return;
+    epoch_ = c / kClusters;
+    flush();
+  }
+  void flush() {
+    for (int64_t i = 0; i < rows_ * width_; i += W) {
+      Vec::store(totals_ + i, Vec::add(Vec::load(totals_ + i), Vec::load(now_ + i)));
+      Vec::store(now_ + i, Vec::zero());
+    }
+  }
+  // The short sum of row r; what is computed in vain goes into row kTile.
+  float* row(int64_t r) const { return now_ + r * width_; }
+  float* total(int64_t r) const { return totals_ + r * width_; }
+  // What was flushed of row r, times `factor`.
+  void shrink(int64_t r, float factor) {
+    const Vec::F f = Vec::set1(factor);
+    float* row = total(r);
+    for (int64_t i = 0; i < width_; i += W) Vec::store(row + i, Vec::mul(Vec::load(row + i), f));
+  }
+
+ private:
+  static constexpr int64_t kClusters = 16;
+  const int64_t width_;
+  float *now_, *totals_;
+  int64_t rows_ = 0, epoch_ = 0;
+};
 
 // Both directions select with this, and with the same logits bit for bit: the backward needs no record of the selection.
 class Rows {
