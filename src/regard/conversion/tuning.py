@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,14 +53,15 @@ def tune(
         print(tuning)
         regard.convert(model, tuning.pattern)
 
-    Each module is measured with each candidate while all others are dense. Then one module after the other is lowered,
-    that first which loses least for each FLOP saved, and the whole model is measured after each step: a step that takes
-    it below `fidelity` is undone. The setting found is put in by `regard.convert` and measured once more; if it does
-    not hold (a file of measurements from another machine), the setting one step earlier is taken. FLOPs are those of
-    torch's flop counter: fewer need not mean fewer seconds, so time what you found.
+    Each module is measured with each candidate while all others are dense. That gives an order of steps: one module
+    after the other is lowered, that first which loses least for each FLOP saved. How many of these steps the whole
+    model bears is found by bisection; then each further step that saves something is tried, and undone if it takes the
+    model below `fidelity`. Nothing is taken for granted: the setting found is put in by `regard.convert` and measured
+    once more, and if it does not hold (a file of measurements from another machine), the next cheapest is taken.
+    FLOPs are those of torch's flop counter: fewer need not mean fewer seconds, so time what you found.
 
-    Costs about two forwards of all images for each module and candidate. The model is left as it was found, after an
-    error and Ctrl-C, too.
+    Costs a forward of all images for each module and candidate, and about two for each module after that. The model is
+    left as it was found, after an error and Ctrl-C, too.
 
     Args:
         model: any model that `convert` takes and whose features `features_of` can read, not converted yet.
@@ -73,7 +75,7 @@ def tune(
         num_prefix_tokens: see `features_of`.
         file: measurements are written here, each at once, and found again when the same question is asked later, also
             with another `fidelity`, `measure` or other candidates.
-        show_progress: a bar on a terminal, elsewhere a line for each step that held; on standard error.
+        show_progress: a bar on a terminal, and a line for each setting of the whole model; on standard error.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -98,6 +100,44 @@ def tune(
 
 _Step = tuple[str, Mechanism]  # a module, and what it shall have
 _Places = dict[Mechanism, dict[str, Found]]
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """What each step loses and saves while all other modules are dense.
+
+    Args:
+        losses: of the measure.
+        savings: in FLOPs.
+    """
+
+    losses: dict[_Step, float]
+    savings: dict[_Step, int]
+
+    def following(self, setting: Mapping[str, Mechanism], limits: Mapping[str, float]) -> _Step | None:
+        """The step that loses least for each FLOP that it saves beyond the setting; None if none saves any.
+
+        Args:
+            limits: by module, the loss that a step must stay below.
+        """
+        best: tuple[tuple[float, int], _Step] | None = None
+        for step, loss in self.losses.items():
+            name = step[0]
+            lost, saved = loss, self.savings[step]
+            if name in setting:
+                lost -= self.losses[name, setting[name]]
+                saved -= self.savings[name, setting[name]]
+            if saved > 0 and loss < limits.get(name, math.inf):
+                price = (lost / saved, -saved)
+                best = (price, step) if best is None or price < best[0] else best
+        return None if best is None else best[1]
+
+    def path(self) -> list[_Step]:
+        """All steps, one following the other from dense attention on; a module may be lowered several times."""
+        steps: list[_Step] = []
+        while (step := self.following(dict(steps), {})) is not None:
+            steps.append(step)
+        return steps
 
 
 @dataclass
@@ -147,42 +187,47 @@ class _Search:
         self, dense: MeasuredSetting, alone: dict[_Step, MeasuredSetting], target: float, measure: str
     ) -> list[MeasuredSetting]:
         """All that was tried, in order."""
-        losses = {step: 1 - one.value(measure) for step, one in alone.items() if one.value(measure) >= target}
-        savings = {step: dense.flops - alone[step].flops for step in losses}
-        setting: dict[str, Mechanism] = {}
+        hopeful = {step: one for step, one in alone.items() if one.value(measure) >= target}
+        prices = _Prices(
+            {step: 1 - one.value(measure) for step, one in hopeful.items()},
+            {step: dense.flops - one.flops for step, one in hopeful.items()},
+        )
         tried: list[MeasuredSetting] = []
 
-        def change(step: _Step) -> tuple[float, int]:
-            """Loss and FLOPs saved beyond what the module has now, judged alone."""
-            name, now = step[0], setting.get(step[0])
-            if now is None:
-                return losses[step], savings[step]
-            return losses[step] - losses[name, now], savings[step] - savings[name, now]
-
-        def price(step: _Step) -> tuple[float, int]:
-            loss, saved = change(step)
-            return loss / saved, -saved
-
-        while True:
-            cheaper = [step for step in losses if change(step)[1] > 0]
-            self.bar.remaining(len(cheaper) + 1)
-            if not cheaper:
-                return tried
-            step = min(cheaper, key=price)
-            found = self.measure({**setting, step[0]: step[1]})
+        def holds(setting: dict[str, Mechanism], what: str) -> bool:
+            found = self.measure(setting)
             tried.append(found)
-            value = found.value(measure)
-            if value >= target:
-                setting[step[0]] = step[1]
-                saved = 100 * (1 - found.flops / dense.flops)
-                self.bar.tell(f"{step[0]}: {step[1]}; {measure} {value:.5f}, {saved:.1f} % of the FLOPs saved")
-            else:  # what loses as much or more in this module is not tried
-                now = (step[0], setting.get(step[0]))
-                limit = losses[step]
-                losses = {one: loss for one, loss in losses.items() if one[0] != step[0] or loss < limit or one == now}
+            value, saved = found.value(measure), 100 * (1 - found.flops / dense.flops)
+            undone = "" if value >= target else ", undone"
+            self.bar.tell(f"{what}: {measure} {value:.5f}, {saved:.1f} % of the FLOPs saved{undone}")
+            return value >= target
+
+        path = prices.path()
+        held, fails = 0, len(path) + 1
+        while fails - held > 1:  # the longest part of the path that holds, by bisection
+            count = len(path) if fails > len(path) else (held + fails) // 2
+            self.bar.remaining((fails - held).bit_length() + 2)
+            if holds(dict(path[:count]), f"{count} of {len(path)} steps"):
+                held = count
+            else:
+                fails = count
+        setting, limits = dict(path[:held]), dict[str, float]()
+        refused = path[held : held + 1]
+        while True:
+            for step in refused:  # what loses as much or more in this module is not tried
+                limits[step[0]] = prices.losses[step]
+            following = prices.following(setting, limits)
+            if following is None:
+                return tried
+            name, mechanism = following
+            self.bar.remaining(2)
+            if holds({**setting, name: mechanism}, f"{name}: {mechanism}"):
+                setting[name], refused = mechanism, []
+            else:
+                refused = [following]
 
     def _verified(self, tuning: Tuning) -> Tuning:
-        """The last setting that holds when `convert` puts it in and nothing is taken from the log."""
+        """The cheapest setting that holds when `convert` puts it in and nothing is taken from the log."""
         for held in reversed(tuning.curve[1:]):
             self.bar.say("the setting found, once more")
             found = dataclasses.replace(tuning, best=held)
@@ -294,7 +339,7 @@ class _Bar:
         self._progress.update(self._task, total=total)
 
     def remaining(self, steps: int) -> None:
-        """At most so many are still to come."""
+        """About so many are still to come."""
         self._progress.update(self._task, total=self._done + steps)
 
     def advance(self) -> None:
@@ -317,7 +362,7 @@ def _bar(show: bool) -> Iterator[_Bar]:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("at most"),
+        TextColumn("about"),
         TimeRemainingColumn(),
         TextColumn("left; {task.fields[note]}", markup=False),
         console=console,

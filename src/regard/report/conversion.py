@@ -177,7 +177,7 @@ def render_conversion(study: ConversionStudy) -> str:
 
 
 def trade_off(tuning: Tuning) -> Figure:
-    """Every setting measured in the order tried: FLOPs against the figure that had to hold."""
+    """Every setting of the whole model that was measured: FLOPs against the figure that had to hold."""
     figure, axes = new_figure()
     look = Look("#0072b2", "o", "solid")
 
@@ -191,7 +191,9 @@ def trade_off(tuning: Tuning) -> Figure:
         axes.plot(*zip(*undone, strict=True), color=MUTED, marker="x", markersize=4, linestyle="none")
     axes.axhline(tuning.target, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     label_marks(axes, [(*place(tuning.best), "chosen", INK)])
-    quiet(axes, "What each step saves and loses", "FLOPs of the forward, % of dense", tuning.measure.replace("_", " "))
+    quiet(
+        axes, "What each setting saves and loses", "FLOPs of the forward, % of dense", tuning.measure.replace("_", " ")
+    )
     return figure
 
 

@@ -128,7 +128,7 @@ class Tuning:
         dense: the model as it was.
         best: the setting found, measured again after it was put in by `regard.convert`.
         alone: each module with each candidate, all others dense.
-        steps: what was tried after that, in order; each adds one change to the last setting that held.
+        steps: the settings of the whole model that were tried after that, in order.
         left: why a module takes none of the candidates, by module name.
         modules: names of all attention modules, in the order in which the model calls them.
     """
@@ -150,8 +150,8 @@ class Tuning:
 
     @property
     def curve(self) -> tuple[MeasuredSetting, ...]:
-        """The trade-off: dense attention, then every step that held, each with fewer FLOPs than the one before."""
-        return (self.dense, *(one for one in self.steps if self.holds(one)))
+        """The trade-off: dense attention and every setting that held, from the most FLOPs to the fewest."""
+        return (self.dense, *sorted((one for one in self.steps if self.holds(one)), key=lambda one: -one.flops))
 
     def holds(self, one: MeasuredSetting) -> bool:
         """True if a setting reaches the target."""

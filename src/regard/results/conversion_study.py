@@ -53,9 +53,8 @@ class ConvertedModel:
             known["record"] = ConversionRecord.from_json(json.dumps(known["record"]))
         if known.get("fidelity") is not None:
             found = fields_of(Fidelity, known["fidelity"])
-            known["fidelity"] = Fidelity(
-                **{name: Spread(**one) if isinstance(one, dict) else one for name, one in found.items()}
-            )
+            spreads = {name: Spread(**one) for name, one in found.items() if isinstance(one, dict)}
+            known["fidelity"] = Fidelity(**{**found, **spreads})
         return cls(**known)
 
 
