@@ -255,7 +255,7 @@ def _label(mechanism: str, *, short: bool = False) -> str:
         return kept if short else f"k-NN, {kept}"
     if name == "multipole":
         near, clusters = options.get("near"), options.get("num_clusters")
-        many = "default" if clusters is None else str(clusters)
+        many = "4√N" if clusters is None else str(clusters)
         if near == 0:
             return many if short else f"{many} centroids alone"
         seen = f"{near} of {many}" if isinstance(near, int) else f"{near:g} of {many}"
@@ -276,10 +276,10 @@ def _draw_family(axes: Axes, family: str, look: Look, marks: list[_Mark], zero: 
         xs, ys, color=look.color, marker=look.marker, markersize=5.5, linewidth=1.4, linestyle=look.dash or "none",
         label=family,
     )  # fmt: skip
-    left = family == "multipole, Gaussian"
     if family == "multipole, centroids":
         return  # the same clusters as the Gaussian's, which carry the labels
-    for x, y, mark in zip(xs, ys, marks, strict=True):
+    for i, (x, y, mark) in enumerate(zip(xs, ys, marks, strict=True)):
+        left = family == "multipole, Gaussian" and 2 * i + 1 < len(marks)  # so that neighbours keep apart
         axes.annotate(
             mark.label, (x, y), (-6 if left else 6, -7 if left else 4), textcoords="offset points",
             ha="right" if left else "left", fontsize=7.5, color=look.color,

@@ -42,6 +42,7 @@ DEFAULT_FIDELITY_MECHANISMS = (
         for n, near in ((64, 8), (128, 8), (128, 12), (128, 16), (256, 16), (256, 24), (256, 32), (512, 16), (512, 32))
         for far in ("centroid", "gaussian")
     ),
+    "multipole",
 )
 DEFAULT_FIDELITY_LAYERS = (
     "knn(topk=0.125)",
