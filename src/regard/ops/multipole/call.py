@@ -80,7 +80,7 @@ def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int,
     """(B, H_kv, M - P) clusters by k-means, without gradient.
 
     Each dimension is weighed with the queries' root mean square in it: what two keys differ by matters as far as
-    queries see it. (On real queries and keys that takes 40 % off the error of plain k-means; see docs/fidelity.md.)
+    queries see it. (On real queries and keys worth almost half of the centred loss: docs/fidelity.md.)
     """
     with torch.no_grad():
         prefix = call.num_prefix_tokens
