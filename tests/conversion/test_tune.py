@@ -218,6 +218,24 @@ def test_progress_goes_to_standard_error_and_can_be_silenced(model, images, caps
     assert capsys.readouterr().err == ""
 
 
+def test_fused_encoder_layers_are_counted(images):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 32, 14, 14)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)
+
+        def forward(self, x):
+            return self.encoder(self.patches(x).flatten(2).mT)
+
+    model, enabled = Encoder().eval(), torch.backends.mha.get_fastpath_enabled()
+    found = tune(model, images, fidelity=0.01)
+    attention = 2 * 2 * 64 * 64 * 32 * 2 * 3  # two layers, two products of 64 x 64 x 32, three pictures
+    assert found.dense.flops > attention
+    assert len(found.best.setting) == 2 and found.best.flops < found.dense.flops
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
 def test_compiled_models_are_tuned_within(model, images):
     found = tune(torch.compile(model), images, fidelity=0.01)
     assert found.model == "VisionTransformer" and len(found.best.setting) == 3

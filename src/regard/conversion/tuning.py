@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard import __version__
 from regard.conversion._snapshot import left_as_found
 from regard.conversion.api import converted, find_attention, unwrapped
 from regard.conversion.choice import Choice
 from regard.conversion.fidelity import Features, features_of, picture_fidelity
+from regard.conversion.flops import counting_flops
 from regard.conversion.recording import Found
 from regard.conversion.seam import Seam, install, remove
 from regard.mixers import parse_mechanism
@@ -269,7 +269,7 @@ class _Search:
         """The model as it is now, against dense attention."""
         flops, pictures = 0, list[PictureFidelity]()
         for batch, dense in zip(self.batches, self.dense, strict=True):
-            with FlopCounterMode(display=False) as counter:
+            with counting_flops() as counter:
                 found = self._features(batch)
             flops += counter.get_total_flops()
             pictures += picture_fidelity(dense.tokens, found.tokens, num_prefix_tokens=dense.num_prefix_tokens)

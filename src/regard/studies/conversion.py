@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard.benchmark import Job, environment, interleave, measure_peaks
 from regard.conversion import Features, convert, features_of, picture_fidelity, tune
+from regard.conversion.flops import counting_flops
 from regard.conversion.tuning import DEFAULT_CANDIDATES
 from regard.report.conversion import write_conversion_report
 from regard.results import (
@@ -40,6 +40,7 @@ DEFAULT_CONVERSION = "multipole"
 TUNED = "tuned"
 _SHOWN_PHOTOS = 3
 _QUOTABLE = 10  # pictures from which on a fidelity may be quoted
+_ROUNDS = 5  # from which on quartiles tell something
 _MEMORY_SECONDS = 300.0
 
 
@@ -199,16 +200,21 @@ class _Job:
     def _costs(self, fidelities: Mapping[str, Fidelity]) -> list[ConvertedModel]:
         """Time, FLOPs and memory of one picture's forward, the dense model first."""
         models = {DENSE: self.dense, **self.models}
-        self.say(f"speed, at most {self.settings.seconds:g} s")
+        self.say(f"speed, about {self.settings.seconds:g} s")
         picture = self.pictures[0]
         calls = {name: lambda model=model: _forward(model, picture) for name, model in models.items()}
         wait = torch.cuda.synchronize if picture.device.type == "cuda" else None
-        timings = interleave(calls, budget_seconds=self.settings.seconds, warm_up=1, synchronize=wait)
+        timings = interleave(
+            calls, budget_seconds=self.settings.seconds, min_rounds=_ROUNDS, warm_up=1, synchronize=wait
+        )
+        rounds = timings[DENSE].repeats
+        if rounds < _ROUNDS:
+            self.notes.append(f"The speed comes from {rounds} rounds (--seconds): too few to tell a small difference.")
         self.say("peak memory, in processes of their own")
         peaks = self._peaks(list(models))
         found = []
         for name, model in models.items():
-            with FlopCounterMode(display=False) as counter:
+            with counting_flops() as counter:
                 _forward(model, picture)
             timing, ratio = timings[name], timings[name].ratio(timings[DENSE])
             found.append(
@@ -288,7 +294,7 @@ class _Job:
         settings, dense = self.settings, self.features[DENSE][0]
         return {
             "model": settings.model,
-            "weights": "random" if settings.random_weights else settings.checkpoint and settings.checkpoint.name,
+            "weights": _weights(settings),
             "size": self.size,
             "tokens": dense.tokens.shape[1],
             "num_prefix_tokens": dense.num_prefix_tokens,
@@ -303,6 +309,12 @@ class _Job:
 def _forward(model: nn.Module, picture: Tensor) -> Tensor:
     output = model(picture)
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _weights(settings: ConvertSettings) -> str:
+    if settings.random_weights:
+        return "random"
+    return "fetched by timm" if settings.checkpoint is None else settings.checkpoint.name
 
 
 def _pattern(record: ConversionRecord) -> dict[str, str | None]:

@@ -88,7 +88,7 @@ class ConvertSettings:
             such as 0.995. The candidates are the mechanisms given, or several multipole attentions.
         save: Write the pattern dict, for regard.convert, to this JSON file.
         device: Device to run on, such as 'cpu' or 'cuda'.
-        seconds: Time for measuring the speed, at most.
+        seconds: Time for measuring the speed, up to twice as much where five repeats need it.
         out: Folder of page and JSON. Tuning in the same folder again resumes.
 
     Raises:
