@@ -146,6 +146,7 @@ def test_a_tuned_pattern_is_saved_and_gives_the_fidelity_told(settings, inputs, 
         **{**vars(study.tuning.best.fidelity), "top1_agreement": study.models[-1].fidelity.top1_agreement}
     )
     assert study.models[-1].fidelity.cosine.mean >= 0.99
+    assert any("chosen on these very photographs" in note for note in study.notes)
     model = build_pretrained(MODEL, checkpoint=inputs / "w.safetensors", size=SIZE)
     if any(pattern.values()):
         assert len(regard.convert(model, pattern).converted) == len(study.tuning.best.setting)

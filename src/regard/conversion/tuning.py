@@ -29,7 +29,8 @@ from regard.specs import Mechanism, nearest
 
 __all__ = ["DEFAULT_CANDIDATES", "MEASURES", "tune"]
 
-DEFAULT_CANDIDATES = tuple(f"multipole(near={near})" for near in (0.03125, 0.0625, 0.125, 0.25))
+# From centroids alone to a quarter of the keys one by one.
+DEFAULT_CANDIDATES = tuple(f"multipole(near={near})" for near in (0, 0.03125, 0.0625, 0.125, 0.25))
 MEASURES = ("cosine", "centred_cosine", "worst_cosine", "worst_centred_cosine")
 
 _EXAMPLES = 2  # pictures on which the candidates are tried for a refusal, as in `convert`

@@ -137,6 +137,7 @@ class _Job:
         patterns: dict[str, Any] = dict(self.mechanisms)
         if tuning is not None:
             patterns[TUNED] = tuning.pattern
+            self.notes.append("The tuned setting was chosen on these very photographs; others will keep a little less.")
         for name, pattern in patterns.items():
             self._convert(name, pattern)
         fidelities = {name: self._fidelity(name) for name in self.records}
