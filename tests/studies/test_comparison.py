@@ -55,7 +55,7 @@ def rooms(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    return CompareSettings(out=tmp_path / "out", epochs=2, seeds=2, cost_seconds=1.0)
+    return CompareSettings(mechanisms=tuple(ACCURACY), out=tmp_path / "out", epochs=2, seeds=2, cost_seconds=1.0)
 
 
 def quiet(settings, **options):
