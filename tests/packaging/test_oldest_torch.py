@@ -48,8 +48,9 @@ def test_operators_and_mixers_under_the_oldest_torch(folder):
 
     path = {"PYTHONPATH": str(package.parent), "REGARD_KERNELS": str(next(package.glob("_C*.so")))}
     assert run(python, "-c", CHECK, **path).startswith("2.11.")
+    rooms = ("tests/ops", "tests/mixers", "tests/backbones", "tests/conversion")
     said = run(
-        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/mixers", "tests/backbones", "tests/conversion"),
+        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *rooms),
         cwd=ROOT,
         **path,
     )

@@ -26,8 +26,8 @@ CARD = Card(
     needs_grid=False,
     adds_parameters=False,
     query_masks=False,
-    summary="The clusters of keys with the largest estimated mass times spread are seen key by key; every other cluster "
-    "is one key: its mean, weighted by its mass.",
+    summary="The clusters of keys with the largest estimated mass times spread are seen key by key; every other "
+    "cluster is one key: its mean, weighted by its mass.",
     equation=r"o_i \propto \sum_{j \in \text{near}_i} e^{q_i \cdot k_j} v_j + \sum_{c \notin \text{near}_i} n_c\, "
     r"e^{q_i \cdot \mu_c + \frac12 q_i^\top \operatorname{diag}(\sigma_c^2)\, q_i}\, \bar v_c "
     r"\qquad (q_i \text{ scaled by } 1/\sqrt d)",
