@@ -1,5 +1,6 @@
 """The page: whole, self-contained, honest about what is missing."""
 
+import io
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -115,6 +116,16 @@ def test_write_report_writes_page_and_json(comparison, tmp_path):
     assert (page.name, data.name) == (PAGE_NAME, JSON_NAME)
     assert Comparison.from_json(data.read_text()) == comparison
     assert sorted(one.name for one in page.parent.iterdir()) == sorted([PAGE_NAME, JSON_NAME])
+
+
+def test_the_terminal_breaks_long_mechanisms_between_their_options(comparison):
+    long = "multipole(num_clusters=None, near=0.1, far='centroid', iterations=2)"
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(Comparison.from_json(comparison.to_json().replace("knn(topk=0.5)", long))))
+    said = console.export_text()
+    for part in ("multipole(", "near=0.1,", "far='centroid',", "iterations=2)", "412,042", "1.77x faster"):
+        assert part in said
+    assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_the_terminal_table_fits_80_columns_with_nothing_cut(comparison):

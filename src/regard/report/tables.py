@@ -1,5 +1,6 @@
 """The tables, as cells that the terminal and the page draw alike."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from regard.results import Comparison
 __all__ = ["Cell", "Column", "Table", "operator_table", "rich_table", "summary_table", "terminal_table"]
 
 
+_NAME_WIDTH = 15
 _SHORT = {"Forward + backward": "fwd + bwd", "Peak memory": "memory"}
 
 
@@ -154,11 +156,20 @@ def rich_table(table: Table, title: str | None = None) -> RichTable:
     styles = {"win": "green", "loss": "red"}
     for row in table.rows:
         texts = []
-        for cell in row:
-            style = styles.get(cell.tone, "")
-            texts.append(Text(f"{cell.text}\n{_halved(cell.note)}" if cell.note else cell.text, style=style))
+        for i, cell in enumerate(row):
+            style, text = styles.get(cell.tone, ""), cell.text if i else _narrow(cell.text)
+            texts.append(Text(f"{text}\n{_halved(cell.note)}" if cell.note else text, style=style))
         drawn.add_row(*texts)
     return drawn
+
+
+def _narrow(mechanism: str) -> str:
+    """A mechanism's text on lines that leave room for figures: broken between its options, those left open dropped."""
+    if len(mechanism) <= _NAME_WIDTH or "(" not in mechanism:
+        return mechanism
+    name, options = mechanism.split("(", 1)
+    told = ", ".join(option for option in options[:-1].split(", ") if not option.endswith("=None"))
+    return "\n".join([f"{name}(", *textwrap.wrap(f"{told})", _NAME_WIDTH, break_long_words=False)])
 
 
 def _halved(note: str) -> str:
