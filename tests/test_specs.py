@@ -90,3 +90,19 @@ def test_nearest_puts_the_most_alike_first():
 def test_mechanisms_returns_a_copy():
     mechanisms().clear()
     assert mechanisms()["knn"] is KNN and issubclass(KNN, Mechanism)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("dense", "dense"),
+        ("knn", "knn"),
+        ("knn(topk=0.5)", "knn"),
+        ("knn(topk=1)", "knn(topk=1)"),
+        ("multipole(near=3, far='gaussian')", "multipole(near=3, far='gaussian')"),
+        ("multipole(iterations=2)", "multipole"),
+    ],
+)
+def test_a_label_drops_what_is_default(text, label):
+    mechanism = parse_mechanism(text)
+    assert mechanism.label == label and parse_mechanism(label) == mechanism

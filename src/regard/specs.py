@@ -38,6 +38,13 @@ class Mechanism:
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
         return f"{self.name}({options})" if options else self.name
 
+    @property
+    def label(self) -> str:
+        """The text form without the options that have their default values: what a figure has room for."""
+        fields = [f for f in dataclasses.fields(self) if repr(getattr(self, f.name)) != repr(f.default)]  # type: ignore[arg-type]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
+        return f"{self.name}({options})" if options else self.name
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and str(self) == str(other)
 

@@ -6,9 +6,11 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
 from regard.report import render_page, terminal_table, write_report
+from regard.report.findings import headline
 from regard.report.page import JSON_NAME, PAGE_NAME
 from regard.report.picture import summary_picture, write_picture
 from regard.results import Comparison
@@ -116,6 +118,21 @@ def test_write_report_writes_page_and_json(comparison, tmp_path):
     assert (page.name, data.name) == (PAGE_NAME, JSON_NAME)
     assert Comparison.from_json(data.read_text()) == comparison
     assert sorted(one.name for one in page.parent.iterdir()) == sorted([PAGE_NAME, JSON_NAME])
+
+
+def test_labels_stand_for_long_mechanisms(comparison):
+    long = "multipole(num_clusters=None, near=0.1, far='centroid', iterations=2)"
+    other = Comparison.from_json(comparison.to_json().replace("knn(topk=0.5)", long))
+    other.labels = {long: "multipole", "dense": "dense"}
+    other.command = f"regard compare --mechanisms '{long}'"
+    page = render_page(other)
+    assert f"multipole stands for {escape(long)}." in page
+    assert page.count(str(escape(long))) == 2  # the note and the command
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(other), *headline(other))
+    said = console.export_text()
+    assert "multipole" in said and "iterations" not in said
+    assert long in other.to_json() and "stands for" not in other.to_json()  # what is stored is untouched
 
 
 def test_the_terminal_breaks_long_mechanisms_between_their_options(comparison):

@@ -1,6 +1,7 @@
 """The headline in plain words, generated from the figures: losses beside wins, and no claim that the spread covers."""
 
 from regard.report import wording
+from regard.report.labels import labelled
 from regard.report.summary import DIRECTIONS, Difference, Summary, baseline_of, mechanisms_of, summarise
 from regard.results import Comparison, Crossover
 
@@ -9,6 +10,7 @@ __all__ = ["crossings", "findings", "headline"]
 
 def headline(comparison: Comparison) -> tuple[str, str]:
     """Two sentences: what became of accuracy, and from where on the operators pay (empty if that was not measured)."""
+    comparison = labelled(comparison)
     return _accuracy_sentence(comparison), _cost_sentence(comparison)
 
 

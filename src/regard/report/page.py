@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from regard.report import maps, plots, tables, wording
 from regard.report.findings import crossings, findings, headline
 from regard.report.html import fill, pairs
+from regard.report.labels import labelled
 from regard.report.style import looks, page_color, svg
 from regard.report.summary import DIRECTIONS, baseline_of, mechanisms_of, summarise
 from regard.results import Comparison, write_text
@@ -33,6 +34,7 @@ def write_report(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
 
 def render_page(comparison: Comparison) -> str:
     """The whole page as HTML text; it asks nothing of the network."""
+    comparison = labelled(comparison)
     return fill(
         "compare.html.j2",
         comparison.environment,

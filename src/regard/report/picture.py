@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from regard.report import maps, plots
+from regard.report.labels import labelled
 from regard.report.style import PAPER
 from regard.results import Comparison
 
@@ -23,6 +24,7 @@ def summary_picture(comparison: Comparison, *, width: int = 1200) -> Image.Image
     Raises:
         ValueError: the comparison holds no finished runs, no maps or no operator costs.
     """
+    comparison = labelled(comparison)
     left = maps.attention_maps(comparison, most=4)
     right = [plots.cost_accuracy(comparison), plots.operator_time(comparison, "forward+backward")]
     if left is None or any(figure is None for figure in right):

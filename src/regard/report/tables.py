@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from regard.report import wording
+from regard.report.labels import labelled
 from regard.report.summary import DIRECTIONS, Summary, baseline_of, largest_size, summarise
 from regard.results import Comparison
 
@@ -131,6 +132,7 @@ def operator_table(comparison: Comparison, sizes: Sequence[int] | None = None) -
 
 def terminal_table(comparison: Comparison) -> Group:
     """Both tables, at most 80 columns wide with the default mechanisms. Wins are green, losses red."""
+    comparison = labelled(comparison)
     summary = summary_table(comparison)
     model_columns = sum(not column.group.startswith("Operator") for column in summary.columns)
     parts = [rich_table(Table(summary.columns[:model_columns], [row[:model_columns] for row in summary.rows]))]

@@ -125,6 +125,7 @@ class Comparison:
         notes: what a reader must know beside the figures, one sentence each.
         command: the command that reproduces it.
         seconds: wall-clock seconds of each part of the job.
+        labels: a mechanism's text -> what tables and figures call it; empty: its text.
     """
 
     settings: dict[str, Any]
@@ -137,6 +138,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     command: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return to_json(dataclasses.asdict(self))

@@ -112,7 +112,8 @@ def _prepare(settings: CompareSettings) -> _Job:
     here = environment(settings.device)
     shown = {**dataclasses.asdict(settings), "out": str(settings.out), "mechanisms": [str(one) for one in mechanisms]}
     shown["epochs"] = recipe.epochs
-    comparison = Comparison(shown, here, command=_command(settings))
+    labels = {str(one): one.label for one in mechanisms}
+    comparison = Comparison(shown, here, command=_command(settings), labels=labels)
     job = _Job(settings, mechanisms, data, recipe, tokens, store, here, comparison)
     if not settings.overwrite:
         for mechanism, seed in _all_runs(job):

@@ -1,0 +1,30 @@
+"""Mechanisms' short names in place of their whole texts, which a figure has no room for."""
+
+import dataclasses
+import json
+from typing import Any
+
+from regard.results import Comparison
+
+__all__ = ["labelled"]
+
+
+def labelled(comparison: Comparison) -> Comparison:
+    """The comparison with `labels` in place of mechanisms' texts; what each stands for is told among its notes."""
+    labels = comparison.labels
+    if not labels:
+        return comparison
+    command, notes = comparison.command, list(comparison.notes)
+    short = Comparison.from_json(json.dumps(_renamed(json.loads(comparison.to_json()), labels)))
+    notes += [f"{label} stands for {text}." for text, label in labels.items() if label != text]
+    return dataclasses.replace(short, labels={}, command=command, notes=notes)
+
+
+def _renamed(value: Any, labels: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return labels.get(value, value)
+    if isinstance(value, list):
+        return [_renamed(one, labels) for one in value]
+    if isinstance(value, dict):
+        return {labels.get(key, key): _renamed(one, labels) for key, one in value.items()}
+    return value
