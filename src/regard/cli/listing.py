@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["List"]
 
+_FORM_WIDTH = 24
+
 
 @dataclass(frozen=True)
 class List:
@@ -47,18 +49,14 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("text form", "paper", "arXiv", "exact", "cost in N", "which keys, how strongly"):
-        table.add_column(heading, no_wrap=heading in ("text form", "arXiv"), overflow="fold")
+    for heading in ("text form", "paper", "cost in N", "which keys, how strongly"):
+        table.add_column(heading, no_wrap=heading == "text form", overflow="fold")
     for one in entries:
-        options = ", ".join(f"{name}={value!r}" for name, value in one["options"].items())
-        table.add_row(
-            f"{one['name']}({options})" if options else one["name"],
-            f"{one['title']} ({one['venue']})",
-            one["arxiv"],
-            "yes" if one["exact"] else "no",
-            one["cost"],
-            one["summary"],
-        )
+        options = [f"{name}={value!r}" for name, value in one["options"].items()]
+        form = f"{one['name']}({', '.join(options)})" if options else one["name"]
+        if len(form) > _FORM_WIDTH:  # one option a line: the terminal may be 80 columns wide
+            form = ",\n  ".join([f"{one['name']}(\n  {options[0]}", *options[1:]]) + ")"
+        table.add_row(form, f"{one['title']} ({one['venue']}, {one['arxiv']})", one["cost"], one["summary"])
     console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(table)
     console.print("The text form is what --mechanisms takes; a name alone takes the options shown.")
