@@ -9,7 +9,9 @@ import pytest
 
 from regard.results import Comparison
 
+MECHANISMS = ("dense", "knn(topk=0.5)", "knn(topk=0.125)")
 COMMAND = [sys.executable, "-m", "regard", "compare", "--epochs", "1", "--seeds", "2", "--cost-seconds", "0"]
+COMMAND += [word for mechanism in MECHANISMS for word in ("--mechanisms", mechanism)]
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard.benchmark.memory import Job, Peak, measure_peaks
 from regard.benchmark.timing import Timing, interleave
 from regard.benchmark.workload import DIRECTIONS, Shape, attend_of, attention
+from regard.conversion.flops import counting_flops
 from regard.ops import explain
 from regard.results import CostPoint, Crossover
 from regard.specs import Mechanism
@@ -151,7 +151,7 @@ def _time(
     calls = {str(one): attention(attend_of(one, shape), inputs, direction) for one in mechanisms}
     flops = {}
     for name, call in calls.items():
-        with FlopCounterMode(display=False) as counter:
+        with counting_flops() as counter:
             call()
         flops[name] = counter.get_total_flops()
     wait = torch.cuda.synchronize if inputs[0].device.type == "cuda" else None

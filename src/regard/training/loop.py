@@ -9,9 +9,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as tv
 
+from regard.conversion.flops import counting_flops
 from regard.data import ImageData
 from regard.results import EpochRecord, TrainingRun
 from regard.specs import Mechanism
@@ -68,8 +68,7 @@ def train(
 
 
 def _flops(net: nn.Module, data: ImageData, device: torch.device) -> int:
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counting_flops() as counter, torch.no_grad():
         net.eval()(data.normalise(data.test_images[:1]).to(device))
     return counter.get_total_flops()
 
