@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import multipole_attention
+from regard.ops._counts import share_of
 from regard.ops.multipole.api import check_clusters, default_num_clusters
 from regard.specs import Mechanism, register
 
@@ -67,13 +68,11 @@ def _attend(
     """The operator for any number of tokens: at most one cluster a key; a square of keys is taken for their grid."""
     if is_causal:
         raise ValueError("is_causal: a cluster holds earlier and later keys; multipole attention cannot be causal")
-    cells, near = max(0, key.shape[-2] - num_prefix_tokens), mechanism.near
-    clusters = min(mechanism.num_clusters or default_num_clusters(cells), cells)
+    cells = max(0, key.shape[-2] - num_prefix_tokens)
+    clusters, near = mechanism.counts(cells)
     if grid_size is None:
         side = math.isqrt(cells)
         grid_size = (side, side) if side * side == cells else None
-    if isinstance(near, int):
-        near = min(near, clusters)
     return multipole_attention(
         query,
         key,
@@ -104,6 +103,11 @@ class Multipole(Mechanism):
     def __post_init__(self) -> None:
         check_clusters(self.num_clusters, self.near, self.far, self.iterations)
 
+    def counts(self, cells: int) -> tuple[int, int]:
+        """How many clusters so many keys have, and how many of them are near: at most one a key, and at most all."""
+        clusters = min(self.num_clusters or default_num_clusters(cells), cells)
+        return clusters, share_of(self.near, clusters)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return _attend(query, key, value, self, **options)
 
@@ -131,10 +135,10 @@ class MultipoleAttention(AttentionMixer):
         dim: int,
         num_heads: int = 8,
         *args: Any,
-        num_clusters: int | None = None,
-        near: int | float = 0.1,
-        far: str = "centroid",
-        iterations: int = 2,
+        num_clusters: int | None = Multipole.num_clusters,
+        near: int | float = Multipole.near,
+        far: str = Multipole.far,
+        iterations: int = Multipole.iterations,
         **kwargs: Any,
     ) -> None:
         mechanism = Multipole(num_clusters, near, far, iterations)

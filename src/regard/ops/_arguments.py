@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.ops._dispatch import constant_when_traced
 
 __all__ = [
+    "DTYPES",
     "autocast_off",
     "canonical_mask",
     "check_dropout",
@@ -26,7 +27,7 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dropout(dropout_p: float) -> None:
@@ -76,7 +77,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.dim() < 3:
             raise ValueError(f"{name}: expected (..., heads, tokens, head_dim), got shape {tuple(tensor.shape)}")

@@ -8,9 +8,14 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["instruction_set", "problem"]
+from regard.ops._dispatch import Refusal
 
+__all__ = ["instruction_set", "problem", "refusal"]
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # None until the kernels were looked for. The operators look when they are imported, so a compiled call finds text here,
 # which torch.compile takes for a constant.
@@ -23,6 +28,17 @@ def problem() -> str:
     if _problem is None:
         _problem = _look_and_load()
     return _problem
+
+
+def refusal(tensor: Tensor) -> Refusal | None:
+    """Why the C++ kernels do not take tensors like this one; None if they do."""
+    if found := problem():
+        return Refusal(found)
+    if tensor.device.type != "cpu":
+        return Refusal(f"the tensors are on {tensor.device.type}; this kernel runs on the processor")
+    if tensor.dtype not in _DTYPES:
+        return Refusal(f"{tensor.dtype} is not among float32, bfloat16, float16")
+    return None
 
 
 def _look_and_load() -> str:

@@ -11,9 +11,8 @@ from regard.conversion import AttentionCall
 from regard.mixers import KNN, Dense, Multipole
 from regard.ops._counts import share_of
 from regard.ops._selection import kept_by_threshold
-from regard.ops.multipole.api import default_num_clusters
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
-from regard.ops.multipole.reference import cluster_logits, far_field
+from regard.ops.multipole.reference import far_field, near_clusters
 from regard.specs import Mechanism
 
 __all__ = ["near_share"]
@@ -55,8 +54,7 @@ def _(mechanism: KNN, call: AttentionCall, prefix: int, grid_size: tuple[int, ..
 @torch.no_grad()
 def _(mechanism: Multipole, call: AttentionCall, prefix: int, grid_size: tuple[int, ...]) -> float | None:
     keys = call.key.shape[-2]
-    clusters = min(mechanism.num_clusters or default_num_clusters(keys - prefix), keys - prefix)
-    near = share_of(mechanism.near, clusters)
+    clusters, near = mechanism.counts(keys - prefix)
     if near == 0:
         return prefix / keys
     scale = call.options.get("scale") or call.query.shape[-1] ** -0.5
@@ -70,12 +68,7 @@ def _(mechanism: Multipole, call: AttentionCall, prefix: int, grid_size: tuple[i
         2, assignment, torch.ones_like(assignment, dtype=torch.float)
     )
     seen = [
-        (
-            kept_by_threshold(cluster_logits(bound, field, rows) + field.log_spread.unsqueeze(2), near)
-            * counts.unsqueeze(2)
-        )
-        .sum(dim=-1)
-        .flatten()
+        (near_clusters(bound, field, rows, kept_by_threshold)[1] * counts.unsqueeze(2)).sum(dim=-1).flatten()
         for rows in bound.grouped(call.query[:, :, prefix:]).float().split(1024, dim=2)
     ]
     return float((prefix + torch.cat(seen).mean()) / keys)

@@ -1,7 +1,6 @@
 """Density peak clustering in blocks of distances that stay in the cache: never an N x N matrix."""
 
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops._arguments import autocast_off
+from regard.ops._arguments import DTYPES, autocast_off
+from regard.ops._counts import check_count
 
-__all__ = ["Clusters", "density_peak_clusters"]
+__all__ = ["Clusters", "check_tokens", "density_peak_clusters"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TILE = 5 << 20  # bytes of distances at a time; measured, together with the groups below, on 3,136 tokens
 _TILE_ACCELERATOR = 256 << 20  # where launching costs more than memory
 _CENTRED_ON = 8  # or a few more: tokens whose median the distances are computed around
@@ -72,16 +71,16 @@ def density_peak_clusters(
         ValueError: x is not (B, N, C), C is 0, num_clusters is not within 1 ... N, neighbors is below 1, or the mask's
             shape is another.
     """
-    _check_tokens(x)
+    check_tokens(x)
     several = isinstance(num_clusters, Sequence)
     counts = list(num_clusters) if isinstance(num_clusters, Sequence) else [num_clusters]
     if not counts:
         raise ValueError("num_clusters: expected at least one count, got an empty sequence")
     for count in counts:
-        _check_count("num_clusters", count)
+        check_count("num_clusters", count)
         if count > x.shape[1]:
             raise ValueError(f"num_clusters: {count} clusters of {x.shape[1]} tokens; give at most as many as tokens")
-    _check_count("neighbors", neighbors)
+    check_count("neighbors", neighbors)
     if mask is not None:
         _check_mask(mask, x)
     assignments, centers = torch.ops.regard.density_peak_clusters(x.detach(), counts, neighbors, mask)
@@ -89,20 +88,14 @@ def density_peak_clusters(
     return found if several else found[0]
 
 
-def _check_tokens(x: Tensor) -> None:
+def check_tokens(x: Tensor) -> None:
+    """Raise unless x is a floating tensor (B, N, C)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() != 3 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (batch, tokens, channels), got shape {tuple(x.shape)}")
-
-
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral | torch.SymInt):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:

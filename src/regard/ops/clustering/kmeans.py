@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
 from regard.ops._arguments import autocast_off
+from regard.ops._counts import check_count
 from regard.ops._dispatch import allows
 from regard.ops._selection import raised
+from regard.ops.clustering.sums import cluster_sums
 
-__all__ = ["KMeansClusters", "cluster_sums", "kmeans_clusters", "spread_over_grid"]
+__all__ = ["KMeansClusters", "kmeans_clusters", "spread_over_grid"]
 
 # Elements of one block of distances: a few MB, whatever the number of tokens.
 _BLOCK = 1 << 20
@@ -76,11 +77,8 @@ def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -
         raise TypeError(f"x: expected a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., tokens, channels), got shape {tuple(x.shape)}")
-    for name, count, least in (("num_clusters", num_clusters, 1), ("iterations", iterations, 0)):
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral | torch.SymInt):
-            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-        if count < least:
-            raise ValueError(f"{name}: expected at least {least}, got {count}")
+    check_count("num_clusters", num_clusters)
+    check_count("iterations", iterations, least=0)
     if num_clusters > x.shape[-2]:
         raise ValueError(f"num_clusters: {num_clusters} clusters of {x.shape[-2]} tokens; give at most one a token")
     if mask is not None:
@@ -152,34 +150,10 @@ def _shown(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _move(x: Tensor, mask: Tensor | None, assignment: Tensor, centroids: Tensor) -> Tensor:
     """The means of the clusters; where one has no tokens, its centroid as it was."""
-    sums, counts = cluster_sums(_shown(x, mask), assignment, centroids.shape[1])
-    if mask is not None:
-        counts = cluster_sums(mask.unsqueeze(-1).to(x.dtype), assignment, centroids.shape[1])[0].squeeze(-1)
-    return torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centroids)
-
-
-def cluster_sums(x: Tensor, assignment: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Sum and number of each cluster's tokens.
-
-    Args:
-        x: (B, N, C). assignment: (B, N).
-
-    Returns:
-        (B, M, C) and (B, M), in x's dtype. In a fixed order of summation on the processor; elsewhere as deterministic
-        as torch's index_add, which obeys torch.use_deterministic_algorithms.
-    """
-    batch, _, channels = x.shape
-    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * num_clusters
-    flat = (assignment + offsets).flatten()
-    sums = x.new_zeros(batch * num_clusters, channels)
-    rows = x.reshape(-1, channels)
-    if x.device.type == "cpu":  # several times faster here than index_add
-        sums = sums.scatter_add(0, flat.unsqueeze(-1).expand(-1, channels), rows)
-    else:
-        sums = sums.index_add(0, flat, rows)
-    counts = torch.zeros(batch * num_clusters, device=x.device, dtype=x.dtype)
-    counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=x.dtype))
-    return sums.unflatten(0, (batch, num_clusters)), counts.unflatten(0, (batch, num_clusters))
+    counted = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
+    counts = cluster_sums(counted, assignment, centroids.shape[1])
+    sums = cluster_sums(_shown(x, mask), assignment, centroids.shape[1])
+    return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
 
 
 # The iterations alone, from given centroids: what the C++ kernel computes.
@@ -212,8 +186,7 @@ def _folded_kmeans(
         return own, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     with autocast_off(x.device.type):
         start = _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        kernel = x.device.type == "cpu" and x.dtype != torch.float64 and allows("cpu") and not _library.problem()
-        if kernel:
+        if allows("cpu") and _library.refusal(x) is None:
             return torch.ops.regard.kmeans_lloyd(x, mask, x.gather(1, start).float().contiguous(), iterations)
         return _lloyd(x, mask, start, iterations)
 

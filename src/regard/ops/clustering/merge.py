@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from regard.ops.clustering.density_peaks import _check_count, _check_tokens
+from regard.ops._counts import check_count
+from regard.ops._selection import raised
+from regard.ops.clustering.density_peaks import check_tokens
+from regard.ops.clustering.sums import cluster_sums
 
 __all__ = ["merge_by_score", "merge_equally", "merge_tokens"]
 
@@ -49,7 +52,7 @@ def merge_by_score(x: Tensor, assignment: Tensor, score: Tensor, *, num_clusters
         score: (B, N) logarithms of the weights; -inf leaves a token out.
     """
     _check(x, assignment, num_clusters)
-    score = _compute(score)
+    score = raised(score)
     lowest = score.new_full((x.shape[0], num_clusters), -torch.inf)
     highest = lowest.scatter_reduce(1, assignment, score.detach(), "amax")
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
@@ -72,27 +75,20 @@ def _means(
     x: Tensor, assignment: Tensor, weights: Tensor | None, num_clusters: int, epsilon: float | Tensor | None
 ) -> Tensor:
     batch, tokens, channels = x.shape
-    values = _compute(x)
+    values = raised(x)
     if weights is None:
         weights = values.new_ones(()).expand(batch, tokens)
-    mass = _compute(weights).to(torch.promote_types(values.dtype, _compute(weights).dtype))[..., None]
+    mass = raised(weights).to(torch.promote_types(values.dtype, raised(weights).dtype))[..., None]
     # Sums and masses in one pass: the masses are one channel more.
-    weighted = torch.cat([mass * values, mass], dim=-1).flatten(0, 1)
-    first = torch.arange(batch, device=x.device)[:, None] * num_clusters
-    sums = weighted.new_zeros(batch * num_clusters, channels + 1).index_add(0, (assignment + first).flatten(), weighted)
-    sums = sums.unflatten(0, (batch, num_clusters))
+    sums = cluster_sums(torch.cat([mass * values, mass], dim=-1), assignment, num_clusters)
     total, sums = sums[..., channels:], sums[..., :channels]
     total = torch.where(total == 0, 1.0, total) if epsilon is None else total + epsilon
     return (sums / total).to(x.dtype)
 
 
-def _compute(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
 def _check(x: Tensor, assignment: Tensor, num_clusters: int) -> None:
-    _check_tokens(x)
-    _check_count("num_clusters", num_clusters)
+    check_tokens(x)
+    check_count("num_clusters", num_clusters)
     if not isinstance(assignment, Tensor) or assignment.dtype != torch.int64:
         found = assignment.dtype if isinstance(assignment, Tensor) else type(assignment).__name__
         raise TypeError(f"assignment: expected an int64 tensor, got {found}")

@@ -1,6 +1,5 @@
 """The C++ backend: exact selection on the processor, forward and backward, without an N x M buffer."""
 
-import torch
 from torch import Tensor
 
 from regard.ops import _library
@@ -10,7 +9,6 @@ from regard.ops.knn.op import knn_attention_op
 
 __all__ = ["CPUBackend"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_DIM, _LARGEST_DIM = 8, 256
 
 
@@ -19,12 +17,8 @@ class CPUBackend:
     is_slow_path = False
 
     def supports(self, call: KNNCall) -> Refusal | None:
-        if problem := _library.problem():
-            return Refusal(problem)
-        if call.query.device.type != "cpu":
-            return Refusal(f"the tensors are on {call.query.device.type}; this kernel runs on the processor")
-        if call.query.dtype not in _DTYPES:
-            return Refusal(f"{call.query.dtype} is not among float32, bfloat16, float16")
+        if refusal := _library.refusal(call.query):
+            return refusal
         for name, dim in (("head_dim", call.query.shape[-1]), ("value's head_dim", call.value.shape[-1])):
             if not _SMALLEST_DIM <= dim <= _LARGEST_DIM:
                 return Refusal(f"{name} {dim} is outside {_SMALLEST_DIM} to {_LARGEST_DIM}")

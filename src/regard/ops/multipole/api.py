@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
-from regard.ops._counts import share_of
+from regard.ops._counts import check_count, share_of
 from regard.ops._dispatch import Operator
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
 from regard.ops.multipole.cpu import CPUBackend
@@ -27,13 +27,9 @@ def default_num_clusters(keys: int) -> int:
 
 def check_clusters(num_clusters: int | None, near: int | float, far: str, iterations: int) -> None:
     """Raise unless these options of multipole attention are of the right kind and in range, whatever the tokens."""
-    for name, count, least in (("num_clusters", num_clusters, 1), ("iterations", iterations, 0)):
-        if count is None and name == "num_clusters":
-            continue
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral | torch.SymInt):
-            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-        if count < least:
-            raise ValueError(f"{name}: expected at least {least}, got {count}")
+    if num_clusters is not None:
+        check_count("num_clusters", num_clusters)
+    check_count("iterations", iterations, least=0)
     if isinstance(near, bool) or not isinstance(near, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"near: expected an int (clusters) or a float in [0, 1] (fraction), got {type(near).__name__}")
     if isinstance(near, numbers.Integral | torch.SymInt):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regard.ops._arguments import full_precision
 from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
-from regard.ops.clustering.kmeans import cluster_sums
+from regard.ops.clustering.sums import cluster_sums
 from regard.ops.multipole.call import MultipoleCall
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "key_logits",
     "keys_and_values",
     "multipole_attention_reference",
+    "near_clusters",
     "row_weights",
 ]
 
@@ -54,9 +55,9 @@ def far_field(call: MultipoleCall) -> FarField:
         shown = call.visible.expand(call.key.shape[:-1])[:, :, prefix:].flatten(0, 1).unsqueeze(-1).to(key.dtype)
 
     def mean(x: Tensor) -> Tensor:
-        return cluster_sums(x * shown, assignment, clusters)[0] / counts.clamp(min=1)
+        return cluster_sums(x * shown, assignment, clusters) / counts.clamp(min=1)
 
-    counts = cluster_sums(shown, assignment, clusters)[0]
+    counts = cluster_sums(shown, assignment, clusters)
     mean_key, mean_value = mean(key), mean(value)
     own = mean_key.gather(1, assignment.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
     variance = mean((key - own).square())
@@ -90,6 +91,13 @@ def key_logits(call: MultipoleCall, rows: Tensor) -> Tensor:
     return logits if call.visible is None else logits.masked_fill(~call.visible.unsqueeze(2), float("-inf"))
 
 
+def near_clusters(call: MultipoleCall, field: FarField, rows: Tensor, select: Select) -> tuple[Tensor, Tensor]:
+    """(B, H_kv, R, C) logits of whole clusters, and which of them each of these rows resolves."""
+    far = cluster_logits(call, field, rows)
+    # From afar a cluster errs by its mass times its spread: a tight one is right however heavy it is.
+    return far, select(far.detach() + field.log_spread.unsqueeze(2), call.near)
+
+
 def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Select) -> tuple[Tensor, Tensor]:
     """Attention of non-prefix queries.
 
@@ -100,9 +108,7 @@ def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Sele
         logits (B, H_kv, R, M + C) of all keys and all clusters, and which of them count: prefix keys, keys of near
         clusters, and the other clusters.
     """
-    far = cluster_logits(call, field, rows)
-    # From afar a cluster errs by its mass times its spread: a tight one is right however heavy it is.
-    near = select(far.detach() + field.log_spread.unsqueeze(2), call.near)
+    far, near = near_clusters(call, field, rows, select)
     of_key = near.gather(-1, call.clusters.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
     prefix = of_key.new_ones((*of_key.shape[:-1], call.num_prefix_tokens))
     logits = torch.cat([key_logits(call, rows), far], dim=-1)
