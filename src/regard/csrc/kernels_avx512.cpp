@@ -17,31 +17,10 @@ REGARD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace regard {
 namespace {
 #include "vec_avx512.h"
-#include "rows.h"
-#include "selection.h"
-namespace kmeans {
-#include "kmeans_kernels.h"
-}  // namespace kmeans
-namespace knn {
-#include "knn_kernels.h"
-#include "knn_backward.h"
-}  // namespace knn
-namespace multipole {
-#include "multipole_clusters.h"
-#include "multipole_rows.h"
-#include "multipole_forward.h"
-#include "multipole_backward.h"
-}  // namespace multipole
+#include "kernels_table.h"
 }  // namespace
 
-const Kernels& kernels_avx512() {
-  static const Kernels kernels{
-      {kmeans::assign},
-      {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
-      {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
-  };
-  return kernels;
-}
+const Kernels& kernels_avx512() { return table(); }
 }  // namespace regard
 
 REGARD_TARGET_END

@@ -7,12 +7,9 @@ namespace regard {
 
 enum class MaskKind { kNone, kBool, kFloat };
 
-struct KnnProblem {
-  int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
+struct KnnProblem : AttentionProblem {
   int64_t topk;
   bool causal;
-  float scale;
-  Tensor4 query, key, value, output;
   MaskKind mask_kind = MaskKind::kNone;
   const char* mask = nullptr;
   int64_t mask_size[4] = {1, 1, 1, 1};
@@ -21,11 +18,9 @@ struct KnnProblem {
   float* lse;
   float* kth_logit;
   int32_t* last_tie;
-  int threads = 1;
 };
 
-struct KnnGradients {
-  Tensor4 grad_output, grad_query, grad_key, grad_value;
+struct KnnGradients : AttentionGradients {
   float* grad_mask = nullptr;  // contiguous, of the mask's own size; null if it is not wanted
 };
 

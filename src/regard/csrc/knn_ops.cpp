@@ -1,5 +1,4 @@
 // k-NN attention's CPU implementation, registered against the schema that regard/ops/knn/op.py defines.
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -11,19 +10,9 @@ namespace {
 KnnProblem describe(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                     int64_t topk, bool causal, double scale) {
   KnnProblem p;
-  p.query = view4(query), p.key = view4(key), p.value = view4(value);
-  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.dim = query.size(3);
-  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
-  p.topk = topk, p.causal = causal, p.scale = static_cast<float>(scale);
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  STD_TORCH_CHECK(key.size(0) == p.batch && value.size(0) == p.batch && value.size(1) == p.key_heads &&
-                      value.size(2) == p.keys && key.size(3) == p.dim,
-                  "knn_attention: the shapes of query, key and value do not fit");
-  STD_TORCH_CHECK(p.key_heads > 0 ? p.heads % p.key_heads == 0 : p.heads == 0,
-                  "knn_attention: the query's heads are no multiple of the key's");
-  STD_TORCH_CHECK(p.query.dtype == p.key.dtype && p.query.dtype == p.value.dtype, "knn_attention: dtypes differ");
-  STD_TORCH_CHECK(topk >= 1 && topk <= p.keys && p.keys < (int64_t{1} << 30), "knn_attention: topk or keys out of range");
-  STD_TORCH_CHECK(p.dim >= 1 && p.value_dim >= 1, "knn_attention: empty head dims");
+  describe(p, "knn_attention", query, key, value, scale);
+  p.topk = topk, p.causal = causal;
+  STD_TORCH_CHECK(topk >= 1 && topk <= p.keys, "knn_attention: topk out of range");
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->dim() == 4, "knn_attention: expected attn_mask of rank 4");
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Float,
@@ -52,10 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_forward(
   p.lse = static_cast<float*>(lse.data_ptr());
   p.kth_logit = static_cast<float*>(kth.data_ptr());
   p.last_tie = static_cast<int32_t*>(tie.data_ptr());
-  int64_t parts;
-  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
-  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1,
-                              [&](int64_t begin, int64_t end) { kernels().knn.forward(p, units.data() + begin, end - begin); });
+  forward(kernels().knn, p);
   return {output, lse, kth, tie};
 }
 
@@ -74,19 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_backward(
   KnnGradients grads;
   grads.grad_output = view4(grad_output);
   grads.grad_query = view4(grad_query), grads.grad_key = view4(grad_key), grads.grad_value = view4(grad_value);
-  int64_t parts;
-  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
-  const int64_t count = static_cast<int64_t>(units.size());
-  const int64_t size = parts > 1 ? kernels().knn.partial_size(p) : 0;
-  const std::unique_ptr<float[]> partial(size ? new float[size * count] : nullptr);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    kernels().knn.backward(p, grads, units.data() + begin, end - begin, size ? partial.get() + begin * size : nullptr);
-  });
-  if (parts > 1)
-    torch::stable::parallel_for(0, count / parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels().knn.reduce(p, grads, units[i * parts], partial.get() + i * parts * size, parts);
-    });
+  backward(kernels().knn, p, grads);
   Tensor grad_mask = torch::stable::new_empty(query, {0});
   if (wants_mask && mask.has_value()) {
     STD_TORCH_CHECK(p.mask_kind == MaskKind::kFloat, "knn_attention: only a float mask has a gradient");

@@ -5,20 +5,12 @@
 
 namespace regard {
 
-struct MultipoleProblem {
-  int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
+struct MultipoleProblem : AttentionProblem {
   int64_t clusters, near, prefix;
   bool second_order;
-  float scale;
-  Tensor4 query, key, value, output;
   const int64_t* assignment;         // contiguous (batch, key_heads, keys - prefix)
   const char* visible = nullptr;     // booleans (batch, key_heads, keys), or null
   int64_t visible_stride[3] = {0, 0, 0};
-  int threads = 1;
-};
-
-struct MultipoleGradients {
-  Tensor4 grad_output, grad_query, grad_key, grad_value;
 };
 
 // Each call works on `count` units with scratch memory of its own.
@@ -26,8 +18,8 @@ struct MultipoleKernels {
   void (*forward)(const MultipoleProblem&, const Unit* units, int64_t count);
   // Partial sums, `partial_size` floats a unit, where `partial` is not null: several units then share a key head, and
   // `reduce` adds theirs in a fixed order.
-  void (*backward)(const MultipoleProblem&, const MultipoleGradients&, const Unit* units, int64_t count, float* partial);
-  void (*reduce)(const MultipoleProblem&, const MultipoleGradients&, const Unit& unit, float* partial, int64_t parts);
+  void (*backward)(const MultipoleProblem&, const AttentionGradients&, const Unit* units, int64_t count, float* partial);
+  void (*reduce)(const MultipoleProblem&, const AttentionGradients&, const Unit& unit, float* partial, int64_t parts);
   int64_t (*partial_size)(const MultipoleProblem&);
 };
 

@@ -128,7 +128,7 @@ class BackwardTile {
            2 * (kTile + Rows::kFar) * (z.clusters_padded + 16) + Rows::kFar * p.value_dim + z.dim_padded + 16 * 12;
   }
 
-  BackwardTile(const MultipoleProblem& p, const MultipoleGradients& g, const Sizes& z, const Clusters& clusters,
+  BackwardTile(const MultipoleProblem& p, const AttentionGradients& g, const Sizes& z, const Clusters& clusters,
                const BackwardMemory& memory, HeadSums& sums, Scratch& scratch)
       : problem_(p), grads_(g), sizes_(z), clusters_(clusters), memory_(memory), sums_(sums), rows_(p, z, clusters, scratch),
         grad_output_(scratch.take((kTile + 1) * z.value_padded)), grad_query_(z.dim_padded, scratch),
@@ -356,7 +356,7 @@ class BackwardTile {
   }
 
   const MultipoleProblem& problem_;
-  const MultipoleGradients& grads_;
+  const AttentionGradients& grads_;
   const Sizes& sizes_;
   const Clusters& clusters_;
   const BackwardMemory& memory_;
@@ -371,7 +371,7 @@ class BackwardTile {
 };
 
 // Hands the moments' gradients on to keys and values, and writes those out. Hidden keys get zeros.
-static void store_head(const MultipoleProblem& p, const MultipoleGradients& g, const Sizes& z, const Clusters& clusters,
+static void store_head(const MultipoleProblem& p, const AttentionGradients& g, const Sizes& z, const Clusters& clusters,
                        const BackwardMemory& memory, const Unit& u, float* sums) {
   const HeadSums::Parts at_sums = HeadSums::parts(z, sums);
   const Tensor4 &gk = g.grad_key, &gv = g.grad_value;
@@ -406,7 +406,7 @@ static void store_head(const MultipoleProblem& p, const MultipoleGradients& g, c
 static int64_t partial_size(const MultipoleProblem& p) { return HeadSums::size(p, Sizes(p)); }
 
 static void backward(
-    const MultipoleProblem& p, const MultipoleGradients& g, const Unit* units, int64_t count, float* partial) {
+    const MultipoleProblem& p, const AttentionGradients& g, const Unit* units, int64_t count, float* partial) {
   constexpr int64_t kRows = 1024;  // in a short sum
   const Sizes z(p);
   Scratch scratch(Clusters::floats(p, z) + BackwardMemory::floats(p, z) + HeadSums::floats(p, z) + BackwardTile::floats(p, z));
@@ -445,7 +445,7 @@ static void backward(
 }
 
 // Adds the partial sums of one key head in the order of its units, so that the result is the same every time.
-static void reduce(const MultipoleProblem& p, const MultipoleGradients& g, const Unit& unit, float* partial, int64_t parts) {
+static void reduce(const MultipoleProblem& p, const AttentionGradients& g, const Unit& unit, float* partial, int64_t parts) {
   const Sizes z(p);
   Scratch scratch(Clusters::floats(p, z) + BackwardMemory::floats(p, z));
   Clusters clusters(p, z, scratch);

@@ -1,5 +1,4 @@
 // Multipole attention's CPU implementation, registered against the schema that regard/ops/multipole/op.py defines.
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -12,19 +11,8 @@ MultipoleProblem describe(const Tensor& query, const Tensor& key, const Tensor& 
                           const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix,
                           double scale) {
   MultipoleProblem p;
-  p.query = view4(query), p.key = view4(key), p.value = view4(value);
-  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.dim = query.size(3);
-  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
+  describe(p, "multipole_attention", query, key, value, scale);
   p.clusters = clusters, p.near = near, p.prefix = prefix, p.second_order = second_order;
-  p.scale = static_cast<float>(scale);
-  p.threads = static_cast<int>(torch::stable::get_num_threads());
-  STD_TORCH_CHECK(key.size(0) == p.batch && value.size(0) == p.batch && value.size(1) == p.key_heads &&
-                      value.size(2) == p.keys && key.size(3) == p.dim,
-                  "multipole_attention: the shapes of query, key and value do not fit");
-  STD_TORCH_CHECK(p.key_heads > 0 ? p.heads % p.key_heads == 0 : p.heads == 0,
-                  "multipole_attention: the query's heads are no multiple of the key's");
-  STD_TORCH_CHECK(p.query.dtype == p.key.dtype && p.query.dtype == p.value.dtype, "multipole_attention: dtypes differ");
-  STD_TORCH_CHECK(p.dim >= 1 && p.value_dim >= 1 && p.keys < (int64_t{1} << 30), "multipole_attention: size out of range");
   STD_TORCH_CHECK(0 <= prefix && prefix <= p.keys && prefix <= p.queries && 0 <= near && near <= clusters,
                   "multipole_attention: num_prefix_tokens or near out of range");
   STD_TORCH_CHECK(assignment.scalar_type() == ScalarType::Long && assignment.is_contiguous() && assignment.dim() == 3 &&
@@ -51,11 +39,7 @@ Tensor multipole_forward(const Tensor& query, const Tensor& key, const Tensor& v
   MultipoleProblem p = describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale);
   Tensor output = empty_heads_last(query, p.batch, p.heads, p.queries, p.value_dim);
   p.output = view4(output);
-  int64_t parts;
-  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
-  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
-    kernels().multipole.forward(p, units.data() + begin, end - begin);
-  });
+  forward(kernels().multipole, p);
   return output;
 }
 
@@ -66,20 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> multipole_backward(
   Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
   Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
   Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
-  const MultipoleGradients grads{view4(grad_output), view4(grad_query), view4(grad_key), view4(grad_value)};
-  int64_t parts;
-  const std::vector<Unit> units = split(p.batch, p.key_heads, p.queries, p.threads, &parts);
-  const int64_t count = static_cast<int64_t>(units.size());
-  const int64_t size = parts > 1 ? kernels().multipole.partial_size(p) : 0;
-  const std::unique_ptr<float[]> partial(size ? new float[size * count] : nullptr);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    kernels().multipole.backward(p, grads, units.data() + begin, end - begin, size ? partial.get() + begin * size : nullptr);
-  });
-  if (parts > 1)
-    torch::stable::parallel_for(0, count / parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels().multipole.reduce(p, grads, units[i * parts], partial.get() + i * parts * size, parts);
-    });
+  const AttentionGradients grads{view4(grad_output), view4(grad_query), view4(grad_key), view4(grad_value)};
+  backward(kernels().multipole, p, grads);
   return {grad_query, grad_key, grad_value};
 }
 

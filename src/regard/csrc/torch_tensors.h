@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -57,6 +58,54 @@ inline std::vector<Unit> split(int64_t batch, int64_t key_heads, int64_t queries
       units.push_back({i / key_heads, i % key_heads, std::min(part * rows, queries),
                        std::min((part + 1) * rows, queries)});
   return units;
+}
+
+// The part of a problem that every attention operator has; `name` begins the messages.
+inline void describe(AttentionProblem& p, const char* name, const Tensor& query, const Tensor& key, const Tensor& value,
+                     double scale) {
+  p.query = view4(query), p.key = view4(key), p.value = view4(value);
+  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.dim = query.size(3);
+  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
+  p.scale = static_cast<float>(scale);
+  p.threads = static_cast<int>(torch::stable::get_num_threads());
+  STD_TORCH_CHECK(key.size(0) == p.batch && value.size(0) == p.batch && value.size(1) == p.key_heads &&
+                      value.size(2) == p.keys && key.size(3) == p.dim,
+                  name, ": the shapes of query, key and value do not fit");
+  STD_TORCH_CHECK(p.key_heads > 0 ? p.heads % p.key_heads == 0 : p.heads == 0,
+                  name, ": the query's heads are no multiple of the key's");
+  STD_TORCH_CHECK(p.query.dtype == p.key.dtype && p.query.dtype == p.value.dtype, name, ": dtypes differ");
+  STD_TORCH_CHECK(p.dim >= 1 && p.value_dim >= 1 && p.keys < (int64_t{1} << 30), name, ": size out of range");
+}
+
+inline std::vector<Unit> split(const AttentionProblem& p, int64_t* parts) {
+  return split(p.batch, p.key_heads, p.queries, p.threads, parts);
+}
+
+template <class K, class P>
+void forward(const K& kernels, const P& p) {
+  int64_t parts;
+  const std::vector<Unit> units = split(p, &parts);
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    kernels.forward(p, units.data() + begin, end - begin);
+  });
+}
+
+// Where several units share a key head, their partial sums are added afterwards, in a fixed order.
+template <class K, class P, class G>
+void backward(const K& kernels, const P& p, const G& grads) {
+  int64_t parts;
+  const std::vector<Unit> units = split(p, &parts);
+  const int64_t count = static_cast<int64_t>(units.size());
+  const int64_t size = parts > 1 ? kernels.partial_size(p) : 0;
+  const std::unique_ptr<float[]> partial(size ? new float[size * count] : nullptr);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    kernels.backward(p, grads, units.data() + begin, end - begin, size ? partial.get() + begin * size : nullptr);
+  });
+  if (parts > 1)
+    torch::stable::parallel_for(0, count / parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        kernels.reduce(p, grads, units[i * parts], partial.get() + i * parts * size, parts);
+    });
 }
 
 }  // namespace regard
