@@ -4,26 +4,24 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from regard.benchmark import environment
 from regard.conversion import AttentionCall, features_of, head_fidelity, picture_fidelity, record_attention
+from regard.conversion._progress import progress_bar
 from regard.results import FidelityPoint, FidelityStudy, write_text
 from regard.specs import Mechanism, parse
 from regard.studies.fidelity_store import DenseFeatures, FidelityStore, digest
 from regard.studies.near import near_share
-from regard.studies.photographs import choose_photographs, open_photograph
+from regard.studies.photographs import choose_photographs
+from regard.studies.pretrained import read_picture
 from regard.studies.settings import SettingsError
 
 __all__ = [
@@ -122,17 +120,17 @@ def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) ->
     study = FidelityStudy(job.shown_settings(), environment(settings.device), command=_command(settings))
     found = {} if settings.overwrite else dict(job.stored())
     todo = [key for key in job.questions() if key not in found]
-    with _bars(show_progress) as (bars, console):
-        task = bars.add_task("fidelity", total=len(found) + len(todo), completed=len(found), note="")
+    with progress_bar("fidelity", show=show_progress) as bar:
+        bar.start(len(found) + len(todo), done=len(found))
         try:
             for mechanism, size, photo in todo:
-                bars.update(task, note=f"{photo.stem} at {size} px: {mechanism}")
+                bar.say(f"{photo.stem} at {size} px: {mechanism}")
                 point = job.measure(mechanism, size, photo)
                 found[mechanism, size, photo] = point
-                bars.advance(task)
+                bar.advance()
                 line = f"{point.photo}, {size} px, {mechanism}: {point.fidelity.cosine:.4f} "
                 line += f"raw, {point.fidelity.centred_cosine:.4f} centred, {point.seconds:.1f} s"
-                console.print(line, markup=False, soft_wrap=True)
+                bar.tell(line)
         except KeyboardInterrupt:
             study.interrupted = True
     study.points = [found[key] for key in job.questions() if key in found]
@@ -250,12 +248,7 @@ class _Job:
         return point
 
     def _image(self, size: int, photo: Path) -> Tensor:
-        config = resolve_model_data_config(self.dense)
-        transform = create_transform(
-            (3, size, size), interpolation="bicubic", mean=config["mean"], std=config["std"], crop_pct=1.0
-        )
-        image: Tensor = transform(open_photograph(photo))
-        return image[None].to(self.settings.device)
+        return read_picture(self.dense, photo, size, setting="photos").to(self.settings.device)
 
     def _dense_features(self, size: int, photo: Path) -> DenseFeatures:
         if self._dense is None or self._dense[0] != (size, photo):
@@ -299,26 +292,6 @@ class _Job:
             "patch_size": self._patch,
             "num_prefix_tokens": self.prefix,
         }
-
-
-@contextmanager
-def _bars(show: bool) -> Iterator[tuple[Progress, Console]]:
-    """One bar on a terminal; elsewhere the lines of finished points alone. On standard error."""
-    console = Console(stderr=True, quiet=not show, highlight=False)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("about"),
-        TimeRemainingColumn(),
-        TextColumn("left; {task.fields[note]}", markup=False),
-        console=console,
-        disable=not show or not console.is_terminal,
-        transient=True,
-    )
-    with bars:
-        yield bars, console
 
 
 def _command(settings: FidelitySettings) -> str:
