@@ -26,6 +26,7 @@ from torch import Tensor
 
 from regard.benchmark import environment, error_budget, interleave
 from regard.conversion import AttentionCall, record_attention
+from regard.markdown import markdown_table
 from regard.mixers import parse_mechanism
 from regard.results import write_text
 from regard.specs import Mechanism
@@ -174,11 +175,10 @@ def main(settings: Settings) -> None:
     console.print(table)
     console.print("\n".join(about))
     if settings.markdown:
-        lines = [HEAD, ["---"] * len(HEAD), *rows(findings)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        text = markdown_table(HEAD, rows(findings))
         command = shlex.join(["python", "benchmarks/multipole.py", *(Path(a).name for a in sys.argv[1:])])
         notes = "\n".join(f"- {line}" for line in about)
-        write_text(settings.markdown, f"# Multipole attention: measured\n\nMade by `{command}`.\n\n{text}\n\n{notes}\n")
+        write_text(settings.markdown, f"# Multipole attention: measured\n\nMade by `{command}`.\n\n{text}\n{notes}\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ DEFAULT_FIDELITY_MECHANISMS = (
         for far in ("centroid", "gaussian")
     ),
     "multipole",
+    "multipole(iterations=0)",
 )
 DEFAULT_FIDELITY_LAYERS = (
     "knn(topk=0.125)",
