@@ -161,6 +161,8 @@ torch.library.define(
     "regard::kmeans_lloyd",
     "(Tensor x, Tensor? mask, Tensor start, int iterations) -> (Tensor assignment, Tensor centroids)",
 )
+# The assignment alone, distances computed around the origin: the last step of density peak clustering.
+torch.library.define("regard::kmeans_nearest", "(Tensor x, Tensor centroids) -> Tensor")
 torch.library.define(
     "regard::kmeans",
     "(Tensor x, Tensor? mask, SymInt num_clusters, int iterations, SymInt[]? grid_size)"
