@@ -102,11 +102,18 @@ class FidelitySettings:
             raise SettingsError("photos_count", f"expected a whole number of at least 1, got {self.photos_count!r}")
 
 
-def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) -> FidelityStudy:
+def study_fidelity(
+    settings: FidelitySettings, *, stored_only: bool = False, show_progress: bool = True
+) -> FidelityStudy:
     """Run the study: dense features of every photograph and size once, then every mechanism on it.
 
     Every finished point is on disk at once; the same `out` again resumes. All mechanisms of one photograph come before
     the next photograph, so a study stopped early holds points that compare.
+
+    Args:
+        settings: what to measure.
+        stored_only: measure nothing; the study is what `out` holds of it.
+        show_progress: a bar and a line for each point, on standard error.
 
     Returns:
         All points, also those found on disk; also in `out`/fidelity.json.
@@ -119,8 +126,8 @@ def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) ->
     """
     job = _Job(settings)
     study = FidelityStudy(job.shown_settings(), environment(settings.device), command=_command(settings))
-    found = {} if settings.overwrite else dict(job.stored())
-    todo = [key for key in job.questions() if key not in found]
+    found = {} if settings.overwrite else dict(job.stored(whole=not stored_only))
+    todo = [] if stored_only else [key for key in job.questions() if key not in found]
     with progress_bar("fidelity", show=show_progress) as bar:
         bar.start(len(found) + len(todo), done=len(found))
         try:
@@ -224,11 +231,14 @@ class _Job:
                 for mechanism in self.mechanisms:
                     yield mechanism, size, photo
 
-    def stored(self) -> Iterator[tuple[_Key, FidelityPoint]]:
-        """The points on disk. Raises SettingsError if one is of other weights or another photograph."""
+    def stored(self, *, whole: bool = True) -> Iterator[tuple[_Key, FidelityPoint]]:
+        """The points on disk; if `whole`, those without the layers that are asked for do not count.
+
+        Raises SettingsError if one is of other weights or another photograph.
+        """
         for mechanism, size, photo in self.questions():
             point = self.store.load(mechanism, size, photo)
-            if point is not None and (point.layers is not None or mechanism not in self.by_layer):
+            if point is not None and (not whole or point.layers is not None or mechanism not in self.by_layer):
                 yield (mechanism, size, photo), point
 
     def measure(self, mechanism: Mechanism, size: int, photo: Path) -> FidelityPoint:
