@@ -1,5 +1,6 @@
 """A checked call of multipole attention: what every backend is given."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class MultipoleCall:
         second_order: whether the far field knows the clusters' variance.
         num_prefix_tokens: P, at most N and at most M.
         scale: factor of the logits.
+        tolerance: what the far field may err by, in units of the values' diameter; infinite if it is not bounded.
         dropout_p: dropout of the attention weights.
     """
 
@@ -38,6 +40,7 @@ class MultipoleCall:
     second_order: bool
     num_prefix_tokens: int
     scale: float
+    tolerance: float = math.inf
     dropout_p: float = 0.0
 
     @property
@@ -65,6 +68,7 @@ class MultipoleCall:
             self.second_order,
             self.num_prefix_tokens,
             self.scale,
+            self.tolerance,
         )
 
     def grouped(self, rows: Tensor) -> Tensor:
