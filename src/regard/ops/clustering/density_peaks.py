@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
 from regard.ops._arguments import DTYPES, autocast_off
 from regard.ops._counts import check_count
-from regard.ops._dispatch import allows
+from regard.ops._dispatch import Operator
+from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 
 __all__ = ["Clusters", "check_tokens", "density_peak_clusters"]
 
@@ -73,8 +73,16 @@ def density_peak_clusters(
         ValueError: x is not (B, N, C), C is 0, num_clusters is not within 1 ... N, neighbors is below 1, or the mask's
             shape is another.
     """
+    call = _bind(x, num_clusters, neighbors=neighbors, mask=mask)
+    counts = call.arguments[1]
+    assignments, centers = _OPERATOR.run(call)
+    found = tuple(Clusters(one, centers[:, :count]) for one, count in zip(assignments.unbind(0), counts, strict=True))
+    return found if isinstance(num_clusters, Sequence) else found[0]
+
+
+def _bind(x: Tensor, num_clusters: int | Sequence[int], *, neighbors: int = 5, mask: Tensor | None = None) -> Grouping:
+    """Raises as density_peak_clusters says."""
     check_tokens(x)
-    several = isinstance(num_clusters, Sequence)
     counts = list(num_clusters) if isinstance(num_clusters, Sequence) else [num_clusters]
     if not counts:
         raise ValueError("num_clusters: expected at least one count, got an empty sequence")
@@ -85,9 +93,10 @@ def density_peak_clusters(
     check_count("neighbors", neighbors)
     if mask is not None:
         _check_mask(mask, x)
-    assignments, centers = torch.ops.regard.density_peak_clusters(x.detach(), counts, neighbors, mask)
-    found = tuple(Clusters(one, centers[:, :count]) for one, count in zip(assignments.unbind(0), counts, strict=True))
-    return found if several else found[0]
+    return Grouping(torch.ops.regard.density_peak_clusters, (x.detach(), counts, neighbors, mask))
+
+
+_OPERATOR = Operator("density_peak_clusters", _bind, BACKENDS)
 
 
 def check_tokens(x: Tensor) -> None:
@@ -140,7 +149,7 @@ def _streamed(x: Tensor, num_clusters: list[int], neighbors: int, mask: Tensor |
     batch, tokens, channels = x.shape
     assignments, centers = _fake(x, num_clusters, neighbors, mask)
     # A few samples at a time, so that the copies of them stay in the cache, too; kernels spread them over threads.
-    step = batch if _has_kernels(x) else max(1, _room(x) // (tokens * (tokens + 4 * channels)))
+    step = batch if has_kernels(x) else max(1, _room(x) // (tokens * (tokens + 4 * channels)))
     with torch.no_grad(), autocast_off(x.device.type):
         for start in range(0, batch, max(1, step)):
             part = slice(start, start + step)
@@ -156,10 +165,6 @@ torch.library.impl("regard::density_peak_clusters", "CompositeExplicitAutograd",
 def _room(x: Tensor) -> int:
     """How many numbers of the dtype that is computed in make a tile."""
     return (_TILE if x.device.type == "cpu" else _TILE_ACCELERATOR) // (8 if x.dtype == torch.float64 else 4)
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return allows("cpu") and _library.refusal(x) is None
 
 
 class _Space:
@@ -194,7 +199,7 @@ class _Space:
         self.columns[..., channels] = self.norms.masked_fill(~self.part, math.inf)
         self.padded[:, tokens:, channels] = math.inf
         self.tokens = self.columns[..., :channels]
-        self.kernels = _has_kernels(x)
+        self.kernels = has_kernels(x)
         self._room = _room(x)
         self._buffer = x.new_empty(0)
 

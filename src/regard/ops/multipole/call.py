@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.ops._selection import raised
-from regard.ops.clustering.kmeans import kmeans_clusters
+from regard.ops.clustering import kmeans as _kmeans  # noqa: F401  (defines regard::kmeans)
 
 __all__ = ["MultipoleCall", "clusters_of_keys"]
 
@@ -101,4 +101,6 @@ def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int,
         weight = weight / weight.amax(dim=-1, keepdim=True)
         key = key * torch.where(weight.isfinite().all(dim=-1, keepdim=True), weight, 1.0)
         mask = None if call.visible is None else call.visible[:, :, prefix:]
-        return kmeans_clusters(key, call.num_clusters, iterations=iterations, grid_size=grid_size, mask=mask).assignment
+        grid = None if grid_size is None else list(grid_size)
+        assignment: Tensor = torch.ops.regard.kmeans(key, mask, call.num_clusters, iterations, grid)[0]
+        return assignment
