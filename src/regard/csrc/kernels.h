@@ -4,6 +4,7 @@
 #include "kmeans.h"
 #include "knn.h"
 #include "multipole.h"
+#include "routed.h"
 
 namespace regard {
 
@@ -11,6 +12,7 @@ struct Kernels {
   KmeansKernels kmeans;
   KnnKernels knn;
   MultipoleKernels multipole;
+  RoutedKernels routed;
 };
 
 const Kernels& kernels_plain();

@@ -16,12 +16,18 @@ namespace multipole {
 #include "multipole_forward.h"
 #include "multipole_backward.h"
 }  // namespace multipole
+namespace routed {
+#include "routed_rows.h"
+#include "routed_forward.h"
+#include "routed_backward.h"
+}  // namespace routed
 
 static const Kernels& table() {
   static const Kernels kernels{
       {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
+      {routed::forward, routed::backward, routed::reduce, routed::partial_size},
   };
   return kernels;
 }
