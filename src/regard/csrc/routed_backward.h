@@ -49,9 +49,9 @@ class BackwardTile {
     for (int64_t begin = 0; begin < keys; begin += kChunk) {
       const int64_t here = smaller(kChunk, keys - begin);
       const float *weights = weights_ + begin * width, *ds = grad_logits_ + begin * width;
-      blend(ds, width, list_.keys + begin, here, count, grad_query_, queries_.ld);
       spread(weights, width, grad_output_.rows, grad_output_.ld, count, list_.index + begin, here, sums.values);
       spread(ds, width, queries_.rows, queries_.ld, count, list_.index + begin, here, sums.keys);
+      blend(ds, width, list_.keys + begin, here, count, grad_query_, queries_.ld);
     }
     const Tensor4& gq = grads_.grad_query;
     for (int64_t r = 0; r < count; ++r)

@@ -59,6 +59,9 @@ static REGARD_INLINE void score_micro(const float* const* rows, const float* pan
 static __attribute__((noinline)) void score(
     const float* const* rows, int64_t keys, const float* panel, int64_t ld, int64_t dim, float* out) {
   by_rows(keys, [&](auto k, int64_t first) {
+    if (first + 3 * MR <= keys)  // far enough ahead to arrive in time
+      for (int i = 0; i < MR; ++i)
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(rows[first + 2 * MR + i] + d);
     by_vectors(ld, [&](auto nv, int64_t c) { score_micro<k(), nv()>(rows + first, panel + c, ld, dim, out + first * ld + c); });
   });
 }
@@ -108,9 +111,11 @@ static REGARD_INLINE void spread_micro(
     const float* factors, int64_t ld, const float* rows, int64_t ldr, int64_t count, const int32_t* index, float* sums) {
   Vec::F acc[K][NV];
 #pragma GCC unroll 8
-  for (int i = 0; i < K; ++i)
+  for (int i = 0; i < K; ++i) {
+    __builtin_prefetch(sums + index[i] * ldr, 1);
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec::zero();
+  }
   for (int64_t r = 0; r < count; ++r) {
     Vec::F x[NV];
 #pragma GCC unroll 2
