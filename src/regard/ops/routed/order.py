@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -60,7 +59,7 @@ class BlockOrder:
         for name, value in (("grid_size", grid), ("block_size", block), ("offset", offset)):
             object.__setattr__(self, name, value)
 
-    @cached_property
+    @property
     def block_grid(self) -> tuple[int, ...]:
         """How many blocks stand along each axis."""
         return tuple(-(-(size + before) // block) for size, block, before in self._axes())
