@@ -1,4 +1,4 @@
-"""What routed attention must equal, and when: dense attention, windows, bi-level routing, halos, more keys with a bias."""
+"""What routed attention must equal, and when: dense attention, windows, bi-level routing, halos, keys with a bias."""
 
 import dataclasses
 import math

@@ -13,7 +13,7 @@ from regard.ops._arguments import (
 )
 from regard.ops._counts import check_count
 from regard.ops._dispatch import Operator, functorch_active
-from regard.ops.routed.call import RoutedCall
+from regard.ops.routed.call import RoutedCall, check_range
 from regard.ops.routed.cpu import CPUBackend
 from regard.ops.routed.eager import PyTorchBackend
 
@@ -145,7 +145,7 @@ def _canonical_lists(blocks: Tensor, query: Tensor, key: Tensor, query_block: in
         raise TypeError(f"blocks: expected an int64 or int32 tensor of key blocks, got {found}")
     if blocks.device != query.device:
         raise ValueError(f"blocks: on {blocks.device}, the query on {query.device}; move one of them")
-    rows, there = -(-query.shape[-2] // query_block), -(-key.shape[-2] // key_block)
+    rows = -(-query.shape[-2] // query_block)
     full = (*query.shape[:-2], rows)
     missing = len(full) + 1 - blocks.dim()
     lead = (1,) * max(missing, 0) + tuple(blocks.shape[:-1])
@@ -155,28 +155,16 @@ def _canonical_lists(blocks: Tensor, query: Tensor, key: Tensor, query_block: in
             f"blocks: shape {tuple(blocks.shape)} holds no list for each of {rows} query blocks ({query.shape[-2]} "
             f"queries, query_block {query_block}); expected (..., H or 1, {rows}, T), broadcastable to {(*full, 'T')}"
         )
-    _check_range(blocks, there, key.shape[-2], key_block)
+    # Not while tracing, and on other devices it would have to wait; the operators check again.
+    traced = torch.compiler.is_compiling() or functorch_active() or type(blocks) is not Tensor
+    if not traced and blocks.device.type == "cpu":
+        check_range(blocks, key.shape[-2], key_block)
     blocks = blocks.reshape(*lead, blocks.shape[-1])
     outer = lead[:-2]
     if len(outer) != 1:
         whole = (1,) * len(outer) if all(size == 1 for size in outer) else tuple(query.shape[:-3])
         blocks = blocks.expand(*whole, *blocks.shape[-3:]).reshape(-1, *blocks.shape[-3:])
     return blocks.to(torch.int64)
-
-
-def _check_range(blocks: Tensor, there: int, keys: int, key_block: int) -> None:
-    """Raise ValueError for a block that is not there, where that can be told at once: not while tracing, and on other
-    devices than the processor it would have to wait. The operators check again, or torch does."""
-    if torch.compiler.is_compiling() or functorch_active() or type(blocks) is not Tensor:
-        return
-    if blocks.device.type != "cpu" or blocks.numel() == 0:
-        return
-    low, high = (int(x) for x in blocks.aminmax())
-    if low < -1 or high >= there:
-        raise ValueError(
-            f"blocks: holds {low if low < -1 else high}, but {keys} keys make {there} blocks of {key_block}; "
-            f"expected 0 to {there - 1}, or -1 for none"
-        )
 
 
 def _check_extra(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["RoutedCall"]
+__all__ = ["RoutedCall", "check_range"]
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,17 @@ class RoutedCall:
             self.query_block,
             self.key_block,
             self.scale,
+        )
+
+
+def check_range(blocks: Tensor, keys: int, key_block: int) -> None:
+    """Raise ValueError unless all listed blocks are there or -1."""
+    if blocks.numel() == 0:
+        return
+    there = -(-keys // key_block)
+    low, high = (int(x) for x in blocks.aminmax())
+    if low < -1 or high >= there:
+        raise ValueError(
+            f"blocks: holds {low if low < -1 else high}, but {keys} keys make {there} blocks of {key_block}; "
+            f"expected 0 to {there - 1}, or -1 for none"
         )

@@ -106,9 +106,9 @@ def _define(name: str) -> Any:
     backward = getattr(torch.ops.regard, f"{name}_backward").default
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward(grad_output, *ctx.saved_tensors, *ctx.options)
-        found = dict(zip(_DIFFERENTIABLE, grads, strict=True))
-        places = _places(ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        found = dict(zip(_DIFFERENTIABLE, backward(grad_output, *saved, *ctx.options), strict=True))
+        places = _places(saved)
         return *(found[place] if place in places else None for place in range(_COUNT)), *(None,) * 3
 
     torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)

@@ -62,7 +62,7 @@ class BlockOrder:
     @property
     def block_grid(self) -> tuple[int, ...]:
         """How many blocks stand along each axis."""
-        return tuple(-(-(size + before) // block) for size, block, before in self._axes())
+        return tuple([-(-(size + before) // block) for size, block, before in self._axes()])
 
     @property
     def blocks(self) -> int:
@@ -72,7 +72,7 @@ class BlockOrder:
     @property
     def block_tokens(self) -> int:
         """How many tokens a block has, padding included: routed_attention's query_block or key_block."""
-        return math.prod(block for _, block, _ in self._axes())
+        return math.prod([block for _, block, _ in self._axes()])
 
     @property
     def padded(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from regard.ops._arguments import full_precision
 from regard.ops._selection import raised
 from regard.ops.clustering.sums import cluster_sums
-from regard.ops.routed.call import RoutedCall
+from regard.ops.routed.call import RoutedCall, check_range
 from regard.ops.routed.reference import (
     Listed,
     attend_blocks,
@@ -47,6 +47,8 @@ def _pieces(call: RoutedCall) -> Iterator[tuple[slice, slice, slice]]:
 @full_precision
 def attend(call: RoutedCall) -> Tensor:
     """(B, H, N, D_v) output of a checked call."""
+    if call.blocks.device.type == "cpu":  # elsewhere it would have to wait, and torch checks what it gathers
+        check_range(call.blocks, call.key.shape[2], call.key_block)
     memory = key_blocks(call)
     output = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
     for blocks, rows, queries in _pieces(call):
@@ -97,7 +99,7 @@ def _add_to_blocks(call: RoutedCall, seen: Listed, rows: Tensor, sums: Tensor) -
         return
     index = seen.block.flatten(0, 1)
     # What is not shown is listed as block 0, which it must not spoil.
-    rows = rows.masked_fill(~seen.shown.unsqueeze(-1), 0.0).reshape(*index.shape, -1)
+    rows = rows.masked_fill(~seen.shown.unsqueeze(-1), 0.0).reshape(*index.shape, sums.shape[3] * sums.shape[4])
     sums += cluster_sums(rows, index, sums.shape[2]).reshape(sums.shape)
 
 
