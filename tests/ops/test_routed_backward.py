@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, inputs, needs_kernels
+from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, inputs, needs_kernels, within_budget
 from hypothesis import given, settings
 from routed_cases import (
     attend,
@@ -17,6 +17,7 @@ from routed_cases import (
     random_call,
     requiring_grad,
     with_tensors,
+    yardsticks,
 )
 from test_routed_forward import EXTRAS, SHAPE_NAMES, SHAPES, problems
 
@@ -51,6 +52,19 @@ def test_kernel_gradients_of_lists_of_any_length(keys: int) -> None:
     call = random_call(shape, 100, 100, -(-keys // 100))
     lists = torch.arange(call.blocks.shape[-1]).expand_as(call.blocks)
     judged_gradients(dataclasses.replace(call, blocks=lists))
+
+
+@needs_kernels
+def test_keys_that_thousands_of_tiles_see_keep_their_digits() -> None:
+    """Within the budget without its allowance for sums that cancel."""
+    shape = Shape(batch=1, heads=1, key_heads=1, queries=20000, keys=64, dim=32, value_dim=32)
+    call = random_call(shape, 16, 64, 1, extra=4, bias="head")
+    call = dataclasses.replace(call, blocks=torch.zeros_like(call.blocks))
+    grad_output = output_gradient(call)
+    exact = grads_of(routed_attention_reference, in_float64(call), grad_output.double())
+    eager = yardsticks(call, grad_output)[1:]
+    for got, rounded, want in zip(grads_of(attend, call, grad_output), eager, exact, strict=True):
+        within_budget(got, rounded, want)
 
 
 @needs_kernels

@@ -4,15 +4,61 @@
 #pragma once
 
 // Gradients of a key head: of its keys and extra keys, of their values, and of the extra keys' biases where these are the
-// same for all queries.
-struct HeadSums {
+// same for all queries. A key's tiles add up in short sums, and these in totals: a key that thousands of tiles list would
+// lose digits in one long chain.
+class HeadSums {
+ public:
   static int64_t size(const RoutedProblem& p) {
     return (p.keys + p.extra) * (round_up(p.dim, W) + round_up(p.value_dim, W)) + p.heads / p.key_heads * p.extra;
   }
-  HeadSums(const RoutedProblem& p, float* from)
-      : keys(from), values(keys + (p.keys + p.extra) * round_up(p.dim, W)),
-        bias(values + (p.keys + p.extra) * round_up(p.value_dim, W)) {}
-  float *keys, *values, *bias;
+  static int64_t floats(const RoutedProblem& p) { return size(p) + p.keys + p.extra + 2 * 16; }
+  // Where the parts stand, in `from`.
+  struct Parts {
+    Parts(const RoutedProblem& p, float* from)
+        : keys(from), values(keys + (p.keys + p.extra) * round_up(p.dim, W)),
+          bias(values + (p.keys + p.extra) * round_up(p.value_dim, W)) {}
+    float *keys, *values, *bias;
+  };
+
+  HeadSums(const RoutedProblem& p, Scratch& scratch)
+      : now(p, scratch.take(size(p))), problem_(p), added_(reinterpret_cast<int32_t*>(scratch.take(p.keys + p.extra))) {}
+
+  void clear(float* totals) {
+    totals_ = totals;
+    __builtin_memset(now.keys, 0, size(problem_) * sizeof(float));
+    __builtin_memset(totals_, 0, size(problem_) * sizeof(float));
+    __builtin_memset(added_, 0, (problem_.keys + problem_.extra) * sizeof(int32_t));
+  }
+  // A tile has added to these keys.
+  void count(const int32_t* index, int64_t keys) {
+    for (int64_t i = 0; i < keys; ++i)
+      if (++added_[index[i]] == kShort) flush(index[i]);
+  }
+  void flush_all() {
+    for (int64_t i = 0; i < size(problem_); ++i) totals_[i] += now.keys[i];
+  }
+
+  const Parts now;  // the short sums
+
+ private:
+  static constexpr int32_t kShort = 32;  // tiles in a short sum
+
+  void flush(int64_t place) {
+    const RoutedProblem& p = problem_;
+    const Parts totals(p, totals_);
+    added_[place] = 0;
+    move(now.keys, totals.keys, place * round_up(p.dim, W), round_up(p.dim, W));
+    move(now.values, totals.values, place * round_up(p.value_dim, W), round_up(p.value_dim, W));
+    for (int64_t i = place - p.keys; i >= 0 && i < p.heads / p.key_heads * p.extra; i += p.extra)
+      move(now.bias, totals.bias, i, 1);
+  }
+  static void move(float* from, float* to, int64_t begin, int64_t count) {
+    for (int64_t i = begin; i < begin + count; ++i) to[i] += from[i], from[i] = 0.0f;
+  }
+
+  const RoutedProblem& problem_;
+  int32_t* added_;  // since a key's last flush
+  float* totals_ = nullptr;
 };
 
 class BackwardTile {
@@ -35,7 +81,7 @@ class BackwardTile {
         weights_(scratch.take(rows_for(KeyList::capacity(p)) * KeyList::capacity(p))),
         grad_logits_(scratch.take(rows_for(KeyList::capacity(p)) * KeyList::capacity(p))) {}
 
-  void run(int64_t batch, int64_t head, int64_t first, int64_t count, const HeadSums& sums) {
+  void run(int64_t batch, int64_t head, int64_t first, int64_t count, HeadSums& sums) {
     const RoutedProblem& p = problem_;
     const int64_t width = round_up(count, W), keys = list_.length;
     queries_.load(batch, head, first, count, width);
@@ -44,14 +90,15 @@ class BackwardTile {
     score(list_.values, keys, grad_output_.panel, width, p.value_dim, grad_logits_);
     add_bias(p, list_, batch, head, first, count, 0, keys, weights_, width);
     for (int64_t r = 0; r < width; r += W) differentiate(weights_ + r, grad_logits_ + r, keys, width);
-    bias_gradient(batch, head, first, count, width, sums);
+    bias_gradient(batch, head, first, count, width, sums.now.bias);
     __builtin_memset(grad_query_, 0, count * queries_.ld * sizeof(float));
     for (int64_t begin = 0; begin < keys; begin += kChunk) {
       const int64_t here = smaller(kChunk, keys - begin);
       const float *weights = weights_ + begin * width, *ds = grad_logits_ + begin * width;
-      spread(weights, width, grad_output_.rows, grad_output_.ld, count, list_.index + begin, here, sums.values);
-      spread(ds, width, queries_.rows, queries_.ld, count, list_.index + begin, here, sums.keys);
+      spread(weights, width, grad_output_.rows, grad_output_.ld, count, list_.index + begin, here, sums.now.values);
+      spread(ds, width, queries_.rows, queries_.ld, count, list_.index + begin, here, sums.now.keys);
       blend(ds, width, list_.keys + begin, here, count, grad_query_, queries_.ld);
+      sums.count(list_.index + begin, here);
     }
     const Tensor4& gq = grads_.grad_query;
     for (int64_t r = 0; r < count; ++r)
@@ -93,12 +140,12 @@ class BackwardTile {
     }
   }
 
-  void bias_gradient(int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, const HeadSums& sums) const {
+  void bias_gradient(int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, float* sums) const {
     const RoutedProblem& p = problem_;
     if (grads_.grad_bias == nullptr) return;
     const float* gradients = grad_logits_ + list_.first_extra * width;
     float* per_query = grads_.grad_bias + ((batch * p.heads + head) * p.queries + first) * p.extra;
-    float* per_head = sums.bias + head % (p.heads / p.key_heads) * p.extra;
+    float* per_head = sums + head % (p.heads / p.key_heads) * p.extra;
     for (int64_t s = 0; s < p.extra; ++s, gradients += width) {
       float sum = 0.0f;
       for (int64_t r = 0; r < count; ++r) {
@@ -122,7 +169,7 @@ static void store_tokens(const Tensor4& t, int64_t batch, int64_t head, int64_t 
 }
 
 static void store_head(const RoutedProblem& p, const RoutedGradients& g, const Unit& u, float* from) {
-  const HeadSums sums(p, from);
+  const HeadSums::Parts sums(p, from);
   const int64_t group = p.heads / p.key_heads;
   store_tokens(g.grad_key, u.batch, u.key_head, p.keys, p.dim, sums.keys);
   store_tokens(g.grad_value, u.batch, u.key_head, p.keys, p.value_dim, sums.values);
@@ -139,17 +186,18 @@ static int64_t partial_size(const RoutedProblem& p) { return HeadSums::size(p); 
 static void backward(
     const RoutedProblem& p, const RoutedGradients& g, const Unit* units, int64_t count, float* partial) {
   const int64_t size = partial_size(p);
-  Scratch scratch(KeyList::floats(p) + BackwardTile::floats(p) + (partial ? 0 : size + 16));
+  Scratch scratch(KeyList::floats(p) + BackwardTile::floats(p) + HeadSums::floats(p) + (partial ? 0 : size + 16));
   KeyList list(p, scratch);
   BackwardTile tile(p, g, list, scratch);
+  HeadSums sums(p, scratch);
   float* own = partial ? nullptr : scratch.take(size);
   for (const Unit* u = units; u < units + count; ++u) {
-    float* from = partial ? partial + (u - units) * size : own;
-    __builtin_memset(from, 0, size * sizeof(float));
-    const HeadSums sums(p, from);
+    float* totals = partial ? partial + (u - units) * size : own;
+    sums.clear(totals);
     by_tiles(p, *u, BackwardTile::rows_for(KeyList::capacity(p)), list,
              [&](int64_t head, int64_t first, int64_t rows) { tile.run(u->batch, head, first, rows, sums); });
-    if (partial == nullptr) store_head(p, g, *u, from);
+    sums.flush_all();
+    if (partial == nullptr) store_head(p, g, *u, totals);
   }
 }
 

@@ -301,17 +301,17 @@ static REGARD_INLINE Vec::F shift_of(Vec::F largest) {
   return Vec::select(Vec::ge(largest, Vec::set1(kLowest)), largest, Vec::zero());
 }
 
-// Calls f(head, first row, rows, last) for the tiles of a unit, of at most `most` rows, with the list of what they see.
+// Calls f(head, first row, rows) for the tiles of a unit, of at most `most` rows, with the list of what they see.
 template <class F>
 static REGARD_INLINE void by_tiles(const RoutedProblem& p, const Unit& u, int64_t most, KeyList& list, const F& f) {
   const int64_t group = p.heads / p.key_heads;
   list.load(u.batch, u.key_head);
-  for (int64_t g = 0; g < group; ++g)
-    for (int64_t n = u.row_begin; n < u.row_end;) {
-      const int64_t head = u.key_head * group + g, block = n / p.query_block;
-      const int64_t stop = smaller(u.row_end, (block + 1) * p.query_block);
-      list.look(head, block);
-      for (; n < stop; n += most) f(head, n, smaller(most, stop - n));
-      n = stop;
+  for (int64_t n = u.row_begin; n < u.row_end;) {
+    const int64_t block = n / p.query_block, stop = smaller(u.row_end, (block + 1) * p.query_block);
+    for (int64_t head = u.key_head * group; head < (u.key_head + 1) * group; ++head) {
+      if (head == u.key_head * group || p.blocks_stride[1] != 0) list.look(head, block);
+      for (int64_t first = n; first < stop; first += most) f(head, first, smaller(most, stop - first));
     }
+    n = stop;
+  }
 }
