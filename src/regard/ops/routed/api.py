@@ -11,7 +11,7 @@ from regard.ops._arguments import (
     lowered_for_autocast,
     visible_keys,
 )
-from regard.ops._counts import check_count
+from regard.ops._counts import check_count, share_of
 from regard.ops._dispatch import Operator, functorch_active
 from regard.ops.routed.call import RoutedCall, check_range
 from regard.ops.routed.cpu import CPUBackend
@@ -116,6 +116,10 @@ def _bind(
     extra_key, extra_value = _check_extra(extra_key, extra_value, extra_bias, key, value)
     bias = None if extra_bias is None else _canonical_bias(extra_bias, query, extra_key)
     visible = None if attn_mask is None else visible_keys(attn_mask, query, key)
+    # A block larger than all tokens is all tokens, and needs no padding.
+    query_block, key_block = (
+        share_of(size, max(1, t.shape[-2])) for size, t in ((query_block, query), (key_block, key))
+    )
     lead = tuple(query.shape[:-3])
     tensors = lowered_for_autocast(query, key, value, extra_key, extra_value)
     if len(lead) != 1:
