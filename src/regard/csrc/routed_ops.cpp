@@ -31,9 +31,9 @@ void describe_blocks(RoutedProblem& p, const Tensor& blocks) {
   for (int64_t b = 0; b < blocks.size(0); ++b)
     for (int64_t h = 0; h < blocks.size(1); ++h)
       for (int64_t n = 0; n < rows; ++n) {
-        const int64_t* list = p.blocks + b * p.blocks_stride[0] + h * p.blocks_stride[1] + n * p.blocks_stride[2];
+        const int64_t list = b * p.blocks_stride[0] + h * p.blocks_stride[1] + n * p.blocks_stride[2];
         for (int64_t i = 0; i < p.listed; ++i) {
-          const int64_t listed = list[i * p.blocks_stride[3]];
+          const int64_t listed = p.blocks[list + i * p.blocks_stride[3]];
           STD_TORCH_CHECK(listed >= -1 && listed < there, "routed_attention: blocks: holds ", listed, ", but there are ",
                           there, " key blocks; expected their numbers, or -1 for none");
         }

@@ -177,6 +177,7 @@ class HeadRows {
     return direct(t, dim) ? 0 : tokens * round_up(dim, W) + 16;
   }
   void load(int64_t batch, int64_t head) {
+    if (tokens_ == 0) return;
     if (direct_) {
       first_ = reinterpret_cast<const float*>(at(tensor_, batch, head, 0));
     } else {
@@ -223,11 +224,11 @@ class KeyList {
   // What block `block` of query head `head` sees.
   void look(int64_t head, int64_t block) {
     const RoutedProblem& p = problem_;
-    const int64_t* list = p.blocks + batch_ * p.blocks_stride[0] + head * p.blocks_stride[1] + block * p.blocks_stride[2];
+    const int64_t list = batch_ * p.blocks_stride[0] + head * p.blocks_stride[1] + block * p.blocks_stride[2];
     const char* shown = p.visible + batch_ * p.visible_stride[0] + key_head_ * p.visible_stride[1];
     length = 0;
     for (int64_t i = 0; i < p.listed; ++i) {
-      const int64_t listed = list[i * p.blocks_stride[3]];
+      const int64_t listed = p.blocks[list + i * p.blocks_stride[3]];
       if (listed < 0) continue;
       const int64_t stop = smaller(p.keys, (listed + 1) * p.key_block);
       for (int64_t m = listed * p.key_block; m < stop; ++m)
