@@ -15,6 +15,8 @@ _EXPORTS = {
     "merge_tokens": "regard.ops",
     "knn_attention": "regard.ops",
     "multipole_attention": "regard.ops",
+    "routed_attention": "regard.ops",
+    "BlockOrder": "regard.ops",
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import parse_mechanism as parse_mechanism
+    from regard.ops import BlockOrder as BlockOrder
     from regard.ops import Explanation as Explanation
     from regard.ops import SlowPathWarning as SlowPathWarning
     from regard.ops import density_peak_clusters as density_peak_clusters
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from regard.ops import knn_attention as knn_attention
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
+    from regard.ops import routed_attention as routed_attention
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism

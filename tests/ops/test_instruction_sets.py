@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 FILES = [
     *(f"test_knn_{part}.py" for part in ("forward", "backward", "edges")),
     *(f"test_multipole_{part}.py" for part in ("forward", "backward", "identities", "edges")),
+    *(f"test_routed_{part}.py" for part in ("forward", "backward", "identities", "edges")),
     "test_kmeans.py",
 ]
 

@@ -5,6 +5,7 @@
 #include "knn.h"
 #include "multipole.h"
 #include "nearest.h"
+#include "routed.h"
 
 namespace regard {
 
@@ -13,6 +14,7 @@ struct Kernels {
   KnnKernels knn;
   MultipoleKernels multipole;
   NearestKernels nearest;
+  RoutedKernels routed;
 };
 
 const Kernels& kernels_plain();

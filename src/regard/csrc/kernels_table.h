@@ -19,6 +19,11 @@ namespace multipole {
 namespace nearest {
 #include "nearest_kernels.h"
 }  // namespace nearest
+namespace routed {
+#include "routed_rows.h"
+#include "routed_forward.h"
+#include "routed_backward.h"
+}  // namespace routed
 
 static const Kernels& table() {
   static const Kernels kernels{
@@ -26,6 +31,7 @@ static const Kernels& table() {
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
       {nearest::scan, nearest::finish},
+      {routed::forward, routed::backward, routed::reduce, routed::partial_size},
   };
   return kernels;
 }

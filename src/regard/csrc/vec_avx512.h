@@ -35,6 +35,12 @@ struct Vec {
   static REGARD_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
   static REGARD_INLINE float smallest(F a) { return _mm512_reduce_min_ps(a); }
   static REGARD_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // (a0, b0, a1, b1, ...), in two vectors
+  static REGARD_INLINE void interleave(F a, F b, F& low, F& high) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    low = _mm512_permutex2var_ps(a, first, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+  }
   // a * 2^n, n whole
   static REGARD_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 

@@ -44,6 +44,10 @@ struct Vec {
     const F big = set1(12582912.0f);
     return (a + big) - big;
   }
+  static REGARD_INLINE void interleave(F a, F b, F& low, F& high) {
+    low = F{a[0], b[0], a[1], b[1]};
+    high = F{a[2], b[2], a[3], b[3]};
+  }
   static REGARD_INLINE F scale2(F a, F n) {
     const Mask power = (__builtin_convertvector(n, Mask) + 127) << 23;
     F factor;

@@ -4,9 +4,11 @@ from regard.ops._dispatch import Backend, Explanation, Refusal, SlowPathWarning,
 from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_clusters, merge_tokens
 from regard.ops.knn import knn_attention
 from regard.ops.multipole import multipole_attention
+from regard.ops.routed import BlockOrder, routed_attention
 
 __all__ = [
     "Backend",
+    "BlockOrder",
     "Clusters",
     "Explanation",
     "Refusal",
@@ -18,4 +20,5 @@ __all__ = [
     "merge_tokens",
     "multipole_attention",
     "only_backend",
+    "routed_attention",
 ]

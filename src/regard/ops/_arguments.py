@@ -23,6 +23,7 @@ __all__ = [
     "heads_last",
     "key_mask",
     "lowered_for_autocast",
+    "visible_keys",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -135,7 +136,7 @@ def fold(tensor: Tensor) -> Tensor:
 
 def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_head: bool = False) -> Tensor:
     """(B, M): which keys a mask leaves to all queries and heads of an image; with `by_head` (B, 1 or H, M), to all
-    queries of a head. For mechanisms that merge keys.
+    queries of a head. For mechanisms whose masks can only hide keys.
 
     Args:
         mask: boolean (True = attend), broadcastable to `shape`, with 1 in the places of heads and queries, or one row
@@ -149,8 +150,8 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_h
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"attn_mask: expected a boolean tensor (True = attend), got {found}; keys that are merged into one cannot "
-            "keep their biases"
+            f"attn_mask: expected a boolean tensor (True = attend), got {found}; here a mask can hide keys, but give "
+            "them no bias"
         )
     if mask.device != device:
         raise ValueError(f"attn_mask: on {mask.device}, the query on {device}; move one of them")
@@ -164,12 +165,28 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_h
     for place, what in ((-2, "queries"),) if by_head else ((-2, "queries"), (-3, "heads")):
         if mask.shape[place] != 1 and mask.stride(place) != 0:
             raise ValueError(
-                f"attn_mask: shape {given} may differ between {what}, but a cluster is seen whole or not "
-                f"at all, by all alike; give a mask {fix} that hides keys from all"
+                f"attn_mask: shape {given} may differ between {what}, but here a key is hidden from all alike; "
+                f"give a mask {fix}"
             )
         mask = mask.narrow(place, 0, min(mask.shape[place], 1))
     mask = mask.squeeze(-2).expand(*shape[:-3], mask.shape[-3], shape[-1])
     return mask.reshape(-1, *mask.shape[-2:]) if by_head else mask.reshape(-1, shape[-1])
+
+
+def visible_keys(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """(B, H_kv, M): the keys that a mask leaves to all queries; expanded where it is the same for all heads.
+
+    Raises:
+        TypeError, ValueError: as key_mask; ValueError: it differs between query heads that share a key head.
+    """
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    seen = key_mask(mask, (*query.shape[:-1], key.shape[-2]), query.device, by_head=True)
+    if seen.shape[1] != 1 and heads != key_heads:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} differs between query heads that share a key head; "
+            "give a mask with 1 in the heads' place"
+        )
+    return seen.expand(-1, key_heads, -1)
 
 
 def heads_last(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

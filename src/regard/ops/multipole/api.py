@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
+from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, lowered_for_autocast, visible_keys
 from regard.ops._counts import check_count, share_of
 from regard.ops._dispatch import Operator
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
@@ -165,7 +165,7 @@ def _bind(
     if isinstance(near, numbers.Integral | torch.SymInt) and near > num_clusters:
         raise ValueError(f"near: {near} near clusters of {num_clusters}; give at most all, or a fraction")
     query, key, value = lowered_for_autocast(query, key, value)
-    visible = None if attn_mask is None else _visible(attn_mask, query, key)
+    visible = None if attn_mask is None else visible_keys(attn_mask, query, key)
     lead = tuple(query.shape[:-3])
     if len(lead) != 1:
         query, key, value = (fold(tensor) for tensor in (query, key, value))
@@ -202,18 +202,6 @@ def _check_grid(grid_size: Sequence[int] | None, cells: int) -> tuple[int, ...] 
     if not grid or any(size < 0 for size in grid) or math.prod(grid) != cells:
         raise ValueError(f"grid_size: {grid} is no grid of the {cells} keys that are not prefix tokens")
     return grid
-
-
-def _visible(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """(B, H_kv, M): the keys that all queries may see."""
-    heads, key_heads = query.shape[-3], key.shape[-3]
-    seen = key_mask(mask, (*query.shape[:-1], key.shape[-2]), query.device, by_head=True)
-    if seen.shape[1] != 1 and heads != key_heads:
-        raise ValueError(
-            f"attn_mask: shape {tuple(mask.shape)} differs between query heads that share the clusters of a key head; "
-            "give a mask with 1 in the heads' place"
-        )
-    return seen.expand(-1, key_heads, -1)
 
 
 OPERATOR = Operator(
