@@ -15,6 +15,7 @@ _EXPORTS = {
     "merge_tokens": "regard.ops",
     "knn_attention": "regard.ops",
     "multipole_attention": "regard.ops",
+    "neighborhood_attention": "regard.ops",
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from regard.ops import knn_attention as knn_attention
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
+    from regard.ops import neighborhood_attention as neighborhood_attention
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism

@@ -4,6 +4,7 @@ from regard.ops._dispatch import Backend, Explanation, Refusal, SlowPathWarning,
 from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_clusters, merge_tokens
 from regard.ops.knn import knn_attention
 from regard.ops.multipole import multipole_attention
+from regard.ops.neighborhood import neighborhood_attention
 
 __all__ = [
     "Backend",
@@ -17,5 +18,6 @@ __all__ = [
     "knn_attention",
     "merge_tokens",
     "multipole_attention",
+    "neighborhood_attention",
     "only_backend",
 ]
