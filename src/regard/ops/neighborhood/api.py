@@ -35,7 +35,7 @@ def check_windows(
     for name, option in options.items():
         entries = option if _is_several(option) else (option,)
         for entry in entries:  # type: ignore[union-attr]
-            check_count(name, entry)
+            check_count(name, entry)  # type: ignore[arg-type]
         if _is_several(option):
             ranks[name] = len(option)  # type: ignore[arg-type]
     for flag in is_causal if _is_several(is_causal) else (is_causal,):  # type: ignore[union-attr]
@@ -197,9 +197,7 @@ def _check_grid(grid_size: Sequence[int], prefix: int, query: Tensor, key: Tenso
         raise TypeError(f"num_prefix_tokens: expected an int, got {type(prefix).__name__}")
     tokens = query.shape[-2]
     if key.shape[-2] != tokens:
-        raise ValueError(
-            f"key: {key.shape[-2]} tokens, the query has {tokens}; neighborhood attention is among the tokens of one grid"
-        )
+        raise ValueError(f"key: {key.shape[-2]} tokens, the query has {tokens}; it is among the tokens of one grid")
     if not 0 <= prefix <= tokens:
         raise ValueError(f"num_prefix_tokens: {prefix} of {tokens} tokens")
     if not _is_several(grid_size) or not all(isinstance(n, numbers.Integral | torch.SymInt) for n in grid_size):
@@ -209,7 +207,7 @@ def _check_grid(grid_size: Sequence[int], prefix: int, query: Tensor, key: Tenso
         raise ValueError(f"grid_size: expected rank 1, 2 or 3, got {grid}")
     if any(size < 0 for size in grid) or math.prod(grid) != tokens - prefix:
         raise ValueError(
-            f"grid_size: {grid} is no grid of {tokens - prefix} cells; there are {tokens} tokens, of which {prefix} are "
+            f"grid_size: {grid} is no grid of {tokens - prefix} cells; {tokens} tokens, of which {prefix} are "
             "prefix tokens"
         )
     return grid

@@ -1,4 +1,4 @@
-"""The PyTorch backend: takes every valid call, on any device; gathers each query's window, a block of queries at a time.
+"""The PyTorch backend: takes every valid call, on any device; gathers the windows of a block of queries at a time.
 
 With dropout or under torch.func it holds all windows at once: there nothing but PyTorch's own operations will do.
 """

@@ -1,8 +1,8 @@
 """The dispatcher's view of neighborhood attention: schema, shapes, gradient, FLOPs.
 
 Two operators with one schema: `regard::neighborhood_attention`, for which kernels are registered, and
-`regard::neighborhood_attention_blocks`, the PyTorch path. Each is one node in a compiled graph, at any number of tokens,
-and saves nothing but its inputs: the backward computes the weights again.
+`regard::neighborhood_attention_blocks`, the PyTorch path. Each is one node in a compiled graph, at any number of
+tokens, and saves nothing but its inputs: the backward computes the weights again.
 """
 
 import math
@@ -34,9 +34,8 @@ def _forward(*operands: Any) -> Tensor:
 
 
 def _backward(grad_output: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    *operands, bias_gradient = operands
-    call = NeighborhoodCall.of_operands(*operands)
-    *found, grad_bias = gradients(call, grad_output, bias_gradient)
+    call = NeighborhoodCall.of_operands(*operands[:-1])
+    *found, grad_bias = gradients(call, grad_output, bias_gradient=operands[-1])
     inputs = (call.query, call.key, call.value)
     laid = (heads_last(like, tuple(like.shape)).copy_(grad) for like, grad in zip(inputs, found, strict=True))
     return *laid, call.query.new_empty(0) if grad_bias is None else grad_bias
