@@ -4,6 +4,7 @@
 #include "kmeans.h"
 #include "knn.h"
 #include "multipole.h"
+#include "neighborhood.h"
 
 namespace regard {
 
@@ -11,6 +12,7 @@ struct Kernels {
   KmeansKernels kmeans;
   KnnKernels knn;
   MultipoleKernels multipole;
+  NeighborhoodKernels neighborhood;
 };
 
 const Kernels& kernels_plain();

@@ -16,12 +16,19 @@ namespace multipole {
 #include "multipole_forward.h"
 #include "multipole_backward.h"
 }  // namespace multipole
+namespace neighborhood {
+#include "neighborhood_micro.h"
+#include "neighborhood_grid.h"
+#include "neighborhood_dense.h"
+#include "neighborhood_forward.h"
+}  // namespace neighborhood
 
 static const Kernels& table() {
   static const Kernels kernels{
       {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
+      {neighborhood::forward, nullptr, nullptr, nullptr},
   };
   return kernels;
 }

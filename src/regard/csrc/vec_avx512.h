@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kMixRows = 6;    // rows of the weighted-sum micro-kernel: 6 x 4 accumulators
   using F = __m512;
   using Mask = __mmask16;
+  using Lanes = __m512i;
 
   static REGARD_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static REGARD_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -37,6 +38,15 @@ struct Vec {
   static REGARD_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // a * 2^n, n whole
   static REGARD_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+
+  static REGARD_INLINE Lanes lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static REGARD_INLINE F permute(F a, Lanes from) { return _mm512_permutexvar_ps(from, a); }
+  // a0 b0 a1 b1 ...
+  static REGARD_INLINE void interleave(F a, F b, F& low, F& high) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    low = _mm512_permutex2var_ps(a, first, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+  }
 
   struct Counter {
     __m512i n;

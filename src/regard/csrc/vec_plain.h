@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kMixRows = 3;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t Mask __attribute__((vector_size(16)));
+  using Lanes = Mask;
 
   static REGARD_INLINE F load(const float* p) {
     F a;
@@ -49,6 +50,17 @@ struct Vec {
     F factor;
     __builtin_memcpy(&factor, &power, sizeof factor);
     return a * factor;
+  }
+
+  static REGARD_INLINE Lanes lanes(const int32_t* p) {
+    Lanes a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static REGARD_INLINE F permute(F a, Lanes from) { return F{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
+  static REGARD_INLINE void interleave(F a, F b, F& low, F& high) {
+    low = F{a[0], b[0], a[1], b[1]};
+    high = F{a[2], b[2], a[3], b[3]};
   }
 
   struct Counter {
