@@ -19,8 +19,10 @@ namespace multipole {
 namespace neighborhood {
 #include "neighborhood_micro.h"
 #include "neighborhood_grid.h"
+#include "neighborhood_sums.h"
 #include "neighborhood_dense.h"
 #include "neighborhood_forward.h"
+#include "neighborhood_backward.h"
 }  // namespace neighborhood
 
 static const Kernels& table() {
@@ -28,7 +30,7 @@ static const Kernels& table() {
       {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
-      {neighborhood::forward, nullptr, nullptr, nullptr},
+      {neighborhood::forward, neighborhood::backward, neighborhood::reduce, neighborhood::partial_size},
   };
   return kernels;
 }

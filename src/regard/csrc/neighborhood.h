@@ -18,6 +18,7 @@ struct WindowAxis {
   const int32_t* low;     // [length]: slots [low, high) count
   const int32_t* high;
   const int32_t* source;  // [places]: coordinate in the grid of the key at a place, -1 where there are zeros
+  const int32_t* home;    // [places]: place of that key itself, -1 where there are zeros
   const int32_t* owner;   // [places]: the query whose own key stands there, -1 for places beyond an end
 };
 

@@ -26,7 +26,8 @@ class WindowTables {
 
   WindowAxis axis() const {
     return {options_.length, window_, static_cast<int64_t>(source_.size()), options_.kernel, token_.data(), self_.data(),
-            start_.data(), low_.data(), high_.data(), source_.data(), owner_.data()};
+            start_.data(), low_.data(), high_.data(), source_.data(), home_.data(),
+            owner_.data()};
   }
 
  private:
@@ -51,7 +52,9 @@ class WindowTables {
     const int64_t base = static_cast<int64_t>(source_.size()) - first;
     for (int64_t i = first; i < last; ++i) {
       const int64_t inside = std::clamp<int64_t>(i, 0, n - 1);
-      source_.push_back(static_cast<int32_t>(i == inside || o.replicate ? group + inside * o.dilation : -1));
+      const bool there = i == inside || o.replicate;
+      source_.push_back(static_cast<int32_t>(there ? group + inside * o.dilation : -1));
+      home_.push_back(static_cast<int32_t>(there ? base + inside : -1));
       owner_.push_back(static_cast<int32_t>(i == inside ? static_cast<int64_t>(token_.size()) + i : -1));
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -68,7 +71,7 @@ class WindowTables {
 
   const WindowOptions options_;
   int64_t window_;
-  std::vector<int32_t> token_, self_, start_, low_, high_, source_, owner_;
+  std::vector<int32_t> token_, self_, start_, low_, high_, source_, home_, owner_;
 };
 
 }  // namespace regard

@@ -9,13 +9,14 @@ static REGARD_INLINE Vec::F weight_of(Vec::F logit, Vec::F shift) {
 class DenseQueries {
  public:
   static int64_t floats(const NeighborhoodProblem& p, const Layout& l) {
-    return p.prefix == 0 ? 0 : (l.lines + 1) * round_up(l.places, W) + p.prefix + l.dim_padded + l.value_padded +
-                                   (p.dim > p.value_dim ? p.dim : p.value_dim) * W + 16 * 8;
+    return p.prefix == 0 ? 0 : (2 * l.lines + 1) * round_up(l.places, W) + 2 * p.prefix + l.dim_padded + l.value_padded +
+                                   (p.dim > p.value_dim ? p.dim : p.value_dim) * W + 16 * 10;
   }
   DenseQueries(const NeighborhoodProblem& p, const Layout& l, const Keys& keys, Scratch& scratch)
       : problem_(p), layout_(l), keys_(keys), ld_(round_up(l.places, W)) {
     if (p.prefix == 0) return;
     weights_ = scratch.take(l.lines * ld_), first_ = scratch.take(p.prefix);
+    gradients_ = scratch.take(l.lines * ld_), first_gradients_ = scratch.take(p.prefix);
     query_ = scratch.take(l.dim_padded), out_ = scratch.take(l.value_padded), own_ = scratch.take(ld_);
     sums_ = scratch.take((p.dim > p.value_dim ? p.dim : p.value_dim) * W);
     for (int64_t c = 0; c < ld_; ++c) own_[c] = c < l.places && p.axes[2].owner[c] >= 0 ? 0.0f : -kInf;
@@ -28,6 +29,53 @@ class DenseQueries {
     collect(weights_, first_, keys_.values, keys_.prefix_values, p.value_dim, out_);
     const Tensor4& out = p.output;
     store_row(const_cast<char*>(at(out, batch, head, n)), out.stride[3], out.dtype, p.value_dim, inverse, out_);
+  }
+
+  // The gradient of prefix query `n`, and what it adds to those of the keys.
+  void differentiate(const NeighborhoodGradients& g, int64_t batch, int64_t head, int64_t n, HeadSums& sums) {
+    const NeighborhoodProblem& p = problem_;
+    const Layout& l = layout_;
+    const Vec::F inverse = Vec::set1(weigh(batch, head, n)), zero = Vec::zero();
+    load_row(at(g.grad_output, batch, head, n), g.grad_output.stride[3], g.grad_output.dtype, p.value_dim, 1.0f, out_);
+    double mean = 0.0;
+    const auto divide = [&](float* weight, const float* gradient) {
+      const Vec::F w = Vec::load(weight);
+      const Vec::F share = Vec::select(Vec::gt(w, zero), Vec::mul(w, inverse), zero);
+      Vec::store(weight, share);
+      return Vec::select(Vec::gt(w, zero), Vec::mul(share, Vec::load(gradient)), zero);
+    };
+    by_lines([&](int64_t line) {
+      Vec::F of_line = Vec::zero();
+      for (int64_t c = 0; c < l.places; c += W) {
+        Vec::F sum = Vec::zero();
+        for (int64_t d = 0; d < p.value_dim; ++d)
+          sum = Vec::fma(Vec::set1(out_[d]), Vec::load(keys_.values + line * l.value_size + d * l.ld + c), sum);
+        Vec::store(gradients_ + line * ld_ + c, sum);
+        of_line = Vec::add(of_line, divide(weights_ + line * ld_ + c, gradients_ + line * ld_ + c));
+      }
+      mean += Vec::sum(of_line);
+    });
+    const float one = Vec::largest(inverse);
+    for (int64_t i = 0; i < p.prefix; ++i) {
+      first_gradients_[i] = 0.0f;
+      for (int64_t d = 0; d < p.value_dim; ++d) first_gradients_[i] += out_[d] * keys_.prefix_values[i * p.value_dim + d];
+      if (first_[i] > 0.0f) mean += (first_[i] *= one) * first_gradients_[i];
+    }
+    const Vec::F average = Vec::set1(static_cast<float>(mean));
+    by_lines([&](int64_t line) {
+      for (int64_t c = 0; c < l.places; c += W) {
+        const Vec::F w = Vec::load(weights_ + line * ld_ + c), dp = Vec::load(gradients_ + line * ld_ + c);
+        Vec::store(gradients_ + line * ld_ + c,
+                   Vec::select(Vec::eq(w, zero), zero, Vec::mul(w, Vec::sub(dp, average))));
+      }
+    });
+    for (int64_t i = 0; i < p.prefix; ++i)
+      first_gradients_[i] = first_[i] == 0.0f ? 0.0f : first_[i] * (first_gradients_[i] - static_cast<float>(mean));
+    spread(gradients_, first_gradients_, query_, p.dim, sums.keys, sums.prefix_keys);
+    spread(weights_, first_, out_, p.value_dim, sums.values, sums.prefix_values);
+    collect(gradients_, first_gradients_, keys_.keys, keys_.prefix_keys, p.dim, query_);
+    const Tensor4& gq = g.grad_query;
+    store_row(const_cast<char*>(at(gq, batch, head, n)), gq.stride[3], gq.dtype, p.dim, p.scale, query_);
   }
 
  private:
@@ -91,6 +139,20 @@ class DenseQueries {
     return total > 0.0 ? static_cast<float>(1.0 / total) : 0.0f;
   }
 
+  // Adds to the row of each key its factor times `row`.
+  void spread(const float* factors, const float* first, const float* row, int64_t dim, float* rows, float* prefix_rows) const {
+    const Layout& l = layout_;
+    by_lines([&](int64_t line) {
+      for (int64_t d = 0; d < dim; ++d) {
+        float* target = rows + (line * dim + d) * l.ld;
+        const float* factor = factors + line * ld_;
+        for (int64_t c = 0; c < l.places; ++c) target[c] += factor[c] * row[d];
+      }
+    });
+    for (int64_t i = 0; i < problem_.prefix; ++i)
+      for (int64_t d = 0; d < dim; ++d) prefix_rows[(i * dim + d) * W] += first[i] * row[d];
+  }
+
   // out[c] = sum over all keys of their factor times channel c of their row.
   void collect(const float* factors, const float* first, const float* rows, const float* prefix_rows, int64_t dim, float* out) {
     const Layout& l = layout_;
@@ -119,5 +181,6 @@ class DenseQueries {
   const Layout& layout_;
   const Keys& keys_;
   const int64_t ld_;  // of weights: whole vectors
-  float *weights_ = nullptr, *first_ = nullptr, *query_ = nullptr, *out_ = nullptr, *own_ = nullptr, *sums_ = nullptr;
+  float *weights_ = nullptr, *first_ = nullptr, *gradients_ = nullptr, *first_gradients_ = nullptr;
+  float *query_ = nullptr, *out_ = nullptr, *own_ = nullptr, *sums_ = nullptr;
 };

@@ -306,16 +306,13 @@ struct Share {
       line_begin = (begin + x_end - 1) / x_end, line_end = (end + x_end - 1) / x_end;
     }
   }
-  // Lines of places [first, last) that their windows reach; all of them if `all`.
-  int64_t first_place(const NeighborhoodProblem& p) const {
-    const WindowAxis &z = p.axes[0], &y = p.axes[1];
-    const int64_t a = line_begin / y.length, b = (line_end - 1) / y.length;
-    return z.start[a] * y.places + (a == b ? y.start[line_begin % y.length] : 0);
-  }
-  int64_t last_place(const NeighborhoodProblem& p) const {
-    const WindowAxis &z = p.axes[0], &y = p.axes[1];
-    const int64_t a = line_begin / y.length, b = (line_end - 1) / y.length;
-    return (z.start[b] + z.window - 1) * y.places + (a == b ? y.start[(line_end - 1) % y.length] + y.window : y.places);
+  // The keys that these queries see.
+  void load(const NeighborhoodProblem& p, const Layout& l, const Unit& u, Keys& keys) const {
+    if (u.row_begin < p.prefix) {
+      keys.load(u.batch, u.key_head, 0, l.lines);
+    } else if (line_begin < line_end) {
+      keys.load(u.batch, u.key_head, first_place(p), last_place(p));
+    }
   }
   // Calls f(lines) over all lines, a few at a time.
   template <class F>
@@ -326,6 +323,19 @@ struct Share {
       f(Lines{line / y, line % y, here});
       line += here;
     }
+  }
+
+ private:
+  // Lines of places [first, last) that their windows reach.
+  int64_t first_place(const NeighborhoodProblem& p) const {
+    const WindowAxis &z = p.axes[0], &y = p.axes[1];
+    const int64_t a = line_begin / y.length, b = (line_end - 1) / y.length;
+    return z.start[a] * y.places + (a == b ? y.start[line_begin % y.length] : 0);
+  }
+  int64_t last_place(const NeighborhoodProblem& p) const {
+    const WindowAxis &z = p.axes[0], &y = p.axes[1];
+    const int64_t a = line_begin / y.length, b = (line_end - 1) / y.length;
+    return (z.start[b] + z.window - 1) * y.places + (a == b ? y.start[(line_end - 1) % y.length] + y.window : y.places);
   }
 };
 
@@ -341,11 +351,7 @@ static void forward(const NeighborhoodProblem& p, const Unit* units, int64_t cou
   for (const Unit* u = units; u < units + count; ++u) {
     const Share share(p, *u);
     const int64_t prefix_end = smaller(u->row_end, p.prefix);
-    if (u->row_begin < prefix_end) {
-      keys.load(u->batch, u->key_head, 0, l.lines);
-    } else if (share.line_begin < share.line_end) {
-      keys.load(u->batch, u->key_head, share.first_place(p), share.last_place(p));
-    }
+    share.load(p, l, *u, keys);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = u->key_head * group + g;
       for (int64_t n = u->row_begin; n < prefix_end; ++n) dense.attend(u->batch, head, n);

@@ -18,7 +18,7 @@ struct Layout {
   explicit Layout(const NeighborhoodProblem& p)
       : dim_padded(round_up(p.dim, W)), value_padded(round_up(p.value_dim, W)),
         lines(p.axes[0].places * p.axes[1].places), places(p.axes[2].places), ld(spaced(places)), margin(W),
-        ldq(spaced(places + 3 * W)), key_size(ld * p.dim), value_size(ld * p.value_dim), queries_y(p.axes[1].length),
+        ldq(spaced(places + 4 * W)), key_size(ld * p.dim), value_size(ld * p.value_dim), queries_y(p.axes[1].length),
         rows(p.axes[0].window * p.axes[1].window) {}
   // Slots are read up to a vector beyond the last line.
   static constexpr int64_t kBeyond = 4 * W;
@@ -96,9 +96,10 @@ class Turner {
 struct Tile {
   int32_t first, count, self, start;
   bool even;   // lanes 0, 1, 2 ...
+  int32_t shift;  // lanes[i] - i of most lanes, which are marked by 1 in `most`
   bool whole;  // W queries, all of whose slots count
   int32_t lanes[W], entry[W];  // entry: of slot 0 in the bias
-  float low[W], high[W];
+  float low[W], high[W], most[W];
 };
 
 class Tiles {
@@ -143,6 +144,8 @@ class Tiles {
       t.even &= !there || t.lanes[i] == i;
       t.whole &= x.low[a] == 0 && x.high[a] == x.window;
     }
+    t.shift = t.lanes[count / 2] - static_cast<int32_t>(count / 2);
+    for (int32_t i = 0; i < W; ++i) t.most[i] = i < count && t.lanes[i] - i == t.shift ? 1.0f : 0.0f;
     return count;
   }
 

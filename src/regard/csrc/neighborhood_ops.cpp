@@ -76,10 +76,39 @@ Tensor neighborhood_forward(const Tensor& query, const Tensor& key, const Tensor
   return output;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> neighborhood_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> bias,
+    std::optional<Tensor> visible, Sizes grid, Sizes kernel, Sizes dilation, Sizes stride, Sizes causal,
+    std::string border, int64_t prefix, double scale, bool wants_bias) {
+  const Described d =
+      describe(query, key, value, bias, visible, grid, kernel, dilation, stride, causal, border, prefix, scale);
+  const NeighborhoodProblem& p = d.problem;
+  Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
+  Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
+  Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
+  NeighborhoodGradients grads;
+  grads.grad_output = view4(grad_output);
+  grads.grad_query = view4(grad_query), grads.grad_key = view4(grad_key), grads.grad_value = view4(grad_value);
+  wants_bias = wants_bias && p.bias != nullptr;
+  std::vector<float> of_images(wants_bias ? p.batch * p.heads * p.offsets : 0);
+  if (wants_bias) grads.bias = of_images.data();
+  backward(kernels().neighborhood, p, grads);
+  if (!wants_bias) return {grad_query, grad_key, grad_value, torch::stable::new_empty(query, {0})};
+  Tensor grad_bias = torch::stable::new_empty(*bias, {p.heads, p.offsets});
+  float* out = static_cast<float*>(grad_bias.data_ptr());
+  for (int64_t i = 0; i < p.heads * p.offsets; ++i) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b) sum += of_images[b * p.heads * p.offsets + i];
+    out[i] = static_cast<float>(sum);
+  }
+  return {grad_query, grad_key, grad_value, grad_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) {
   m.impl("neighborhood_attention", TORCH_BOX(&neighborhood_forward));
+  m.impl("neighborhood_attention_backward", TORCH_BOX(&neighborhood_backward));
 }
 
 }  // namespace regard
