@@ -24,12 +24,14 @@ struct Layout {
   static constexpr int64_t kBeyond = 4 * W;
 };
 
-// A block of W tokens at places [c, c + W) between rows and channels.
+// Tokens as rows of channels, to and from lines of places, W x W numbers at a time.
 class Turner {
  public:
-  static int64_t floats(const Layout& l) { return W * (l.dim_padded > l.value_padded ? l.dim_padded : l.value_padded) + 16; }
+  static int64_t floats(const Layout& l) { return W * widest(l) + widest(l) + W * W + 16 * 3; }
   Turner(const Layout& l, Scratch& scratch)
-      : ld_(l.dim_padded > l.value_padded ? l.dim_padded : l.value_padded), rows_(scratch.take(W * ld_)) {}
+      : ld_(widest(l)), rows_(scratch.take(W * ld_)), zeros_(scratch.take(ld_)), spare_(scratch.take(W * W)) {
+    __builtin_memset(zeros_, 0, ld_ * sizeof(float));
+  }
 
   // Reads `places` tokens into channels `ld` floats apart; token(place) is the token there, -1 for zeros.
   template <class F>
@@ -38,27 +40,18 @@ class Turner {
     for (int64_t c = 0; c < places; c += W) {
       if (c + W > places && places >= W) c = places - W;  // the last block overlaps
       const int64_t here = smaller(W, places - c);
-      for (int64_t i = 0; i < here; ++i) {
-        const int64_t n = token(c + i);
-        if (n >= 0) {
-          load_row(at(t, b, h, n), t.stride[3], t.dtype, dim, factor, rows_ + i * ld_);
-        } else {
-          __builtin_memset(rows_ + i * ld_, 0, round_up(dim, W) * sizeof(float));
-        }
+      const char* from[W];
+      for (int64_t i = 0; i < W; ++i) {
+        const int64_t n = i < here ? token(c + i) : -1;
+        from[i] = n < 0 ? reinterpret_cast<const char*>(zeros_) : at(t, b, h, n);
       }
-      for (int64_t d = 0; d < dim; d += W) {
-        const int64_t channels = smaller(W, dim - d);
-        if (here == W) {
-          Vec::F block[W];
-          turn(rows_ + d, ld_, block);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i)
-            if (i < channels) Vec::store(out + (d + i) * ld + c, block[i]);
-        } else {
-          for (int64_t i = 0; i < channels; ++i)
-            for (int64_t j = 0; j < here; ++j) out[(d + i) * ld + c + j] = rows_[j * ld_ + d + i];
-        }
-      }
+      const bool direct = here == W && t.stride[3] == 1;
+      const int64_t whole = direct ? dim / W * W : 0;
+      if (whole > 0) turn_tokens(from, t.dtype, factor, whole, out + c, ld);
+      if (whole == dim) continue;
+      for (int64_t i = 0; i < here; ++i) load_rest(from[i], t, whole, dim, factor, rows_ + i * ld_);
+      for (int64_t d = whole; d < dim; ++d)
+        for (int64_t i = 0; i < here; ++i) out[d * ld + c + i] = rows_[i * ld_ + d - whole];
     }
   }
 
@@ -66,30 +59,67 @@ class Turner {
   template <class F>
   void unpack(const float* from, int64_t ld, int64_t places, const F& token, float factor, const Tensor4& t, int64_t b,
               int64_t h, int64_t dim) {
+    const bool direct = t.stride[3] == 1 && t.dtype == DType::kFloat32;
     for (int64_t c = 0; c < places; c += W) {
+      char* to[W];
+      for (int64_t i = 0; i < W; ++i) {
+        const int64_t n = c + i < places ? token(c + i) : -1;
+        to[i] = n < 0 ? nullptr : const_cast<char*>(at(t, b, h, n));
+      }
       for (int64_t d = 0; d < dim; d += W) {
         Vec::F block[W];
         if (d + W <= dim) {
           turn(from + d * ld + c, ld, block);
-        } else {  // rows_ is free until the block is stored
+        } else {
           for (int64_t i = 0; i < W; ++i)
             for (int64_t j = 0; j < W; ++j) spare_[i * W + j] = d + i < dim ? from[(d + i) * ld + c + j] : 0.0f;
           turn(spare_, W, block);
         }
+        const bool whole = direct && d + W <= dim;
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) Vec::store(rows_ + i * ld_ + d, block[i]);
+        for (int i = 0; i < W; ++i) {
+          if (!whole) {
+            Vec::store(rows_ + i * ld_ + d, block[i]);
+          } else if (to[i]) {
+            Vec::store(reinterpret_cast<float*>(to[i]) + d, Vec::mul(block[i], Vec::set1(factor)));
+          }
+        }
       }
-      for (int64_t i = 0; i < smaller(W, places - c); ++i) {
-        const int64_t n = token(c + i);
-        if (n >= 0) store_row(const_cast<char*>(at(t, b, h, n)), t.stride[3], t.dtype, dim, factor, rows_ + i * ld_);
-      }
+      const int64_t stored = direct ? dim / W * W : 0, size = t.dtype == DType::kFloat32 ? 4 : 2;
+      for (int64_t i = 0; i < W && stored < dim; ++i)
+        if (to[i]) store_row(to[i] + stored * size, t.stride[3], t.dtype, dim - stored, factor, rows_ + i * ld_ + stored);
     }
   }
 
  private:
+  static int64_t widest(const Layout& l) { return l.dim_padded > l.value_padded ? l.dim_padded : l.value_padded; }
+
+  static void turn_tokens(const char* const* from, DType dtype, float factor, int64_t dim, float* out, int64_t ld) {
+    const Vec::F f = Vec::set1(factor);
+    for (int64_t d = 0; d < dim; d += W) {
+      Vec::F block[W];
+      if (dtype == DType::kFloat32) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = Vec::mul(Vec::load(reinterpret_cast<const float*>(from[i]) + d), f);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = Vec::mul(widen(reinterpret_cast<const uint16_t*>(from[i]) + d, dtype), f);
+      }
+      turn(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) Vec::store(out + (d + i) * ld, block[i]);
+    }
+  }
+
+  // Channels [first, dim).
+  void load_rest(const char* from, const Tensor4& t, int64_t first, int64_t dim, float factor, float* row) const {
+    const bool nothing = from == reinterpret_cast<const char*>(zeros_);
+    const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2, stride = nothing ? 1 : t.stride[3];
+    load_row(from + first * stride * size, stride, t.dtype, dim - first, factor, row);
+  }
+
   const int64_t ld_;
-  float* rows_;
-  float spare_[W * W];
+  float *rows_, *zeros_, *spare_;
 };
 
 // W neighbouring queries of a line, whose windows start within W places: lane i's slot t is at place start + t + lanes[i].

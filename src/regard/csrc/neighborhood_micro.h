@@ -111,16 +111,20 @@ static REGARD_INLINE void by_slots(int64_t n, const F& f) {
   }
 }
 
-// W tokens of `dim` channels, rows of `ld_rows` floats, to `dim` rows of W; both sides readable up to whole vectors.
-static REGARD_INLINE void turn(const float* rows, int64_t ld_rows, Vec::F (&out)[W]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) out[i] = Vec::load(rows + i * ld_rows);
+// W rows of W numbers become columns.
+static REGARD_INLINE void turn(Vec::F (&block)[W]) {
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
     Vec::F next[W];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) Vec::interleave(out[i], out[i + W / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < W / 2; ++i) Vec::interleave(block[i], block[i + W / 2], next[2 * i], next[2 * i + 1]);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) out[i] = next[i];
+    for (int i = 0; i < W; ++i) block[i] = next[i];
   }
+}
+
+static REGARD_INLINE void turn(const float* rows, int64_t ld, Vec::F (&block)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) block[i] = Vec::load(rows + i * ld);
+  turn(block);
 }
