@@ -31,6 +31,8 @@ _EXPORTS = {
     "KNNAttention": "regard.mixers",
     "Multipole": "regard.mixers",
     "MultipoleAttention": "regard.mixers",
+    "Neighborhood": "regard.mixers",
+    "NeighborhoodAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from regard.mixers import KNNAttention as KNNAttention
     from regard.mixers import Multipole as Multipole
     from regard.mixers import MultipoleAttention as MultipoleAttention
+    from regard.mixers import Neighborhood as Neighborhood
+    from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import parse_mechanism as parse_mechanism
     from regard.ops import Explanation as Explanation

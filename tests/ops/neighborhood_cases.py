@@ -58,7 +58,7 @@ def random_call(
 
 @st.composite
 def problems(draw) -> NeighborhoodCall:
-    """Any call: ranks, borders, windows larger than the grid, dilations larger than it, prefix tokens, grouped heads."""
+    """Any call: ranks, borders, windows and dilations larger than the grid, prefix tokens, grouped heads."""
     rank = draw(st.integers(1, 3))
     longest, widest = ((40, 45), (20, 9), (7, 5))[rank - 1]
     grid = [draw(st.integers(1, longest)) for _ in range(rank)]

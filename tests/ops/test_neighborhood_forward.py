@@ -1,4 +1,4 @@
-"""Neighborhood attention's output: kernel and PyTorch path against the reference in float64, within the error budget."""
+"""Neighborhood attention's output: kernel and PyTorch path against the reference in float64, by the error budget."""
 
 import dataclasses
 

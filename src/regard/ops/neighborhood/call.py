@@ -50,7 +50,8 @@ class NeighborhoodCall:
         *sizes, border = operands[5:11]
         grid, kernel, dilation, stride, causal = (tuple(size) for size in sizes)
         pattern = Pattern(grid, kernel, dilation, stride, tuple(bool(flag) for flag in causal), border)
-        return NeighborhoodCall(*operands[:5], pattern, operands[11], operands[12])
+        query, key, value, attn_bias, visible = operands[:5]
+        return NeighborhoodCall(query, key, value, attn_bias, visible, pattern, *operands[11:])
 
     def grouped(self, rows: Tensor) -> Tensor:
         """(B, H, R, ...) -> (B, H_kv, groups, R, ...): the heads that meet the same keys together."""

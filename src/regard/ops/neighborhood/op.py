@@ -93,8 +93,9 @@ def _define(name: str) -> Any:
     backward = getattr(torch.ops.regard, f"{name}_backward").default
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        bias_gradient = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
-        *grads, grad_bias = backward(grad_output, *ctx.saved_tensors, *ctx.options, bias_gradient)
+        saved = ctx.saved_tensors  # read once: checkpoints take them back
+        bias_gradient = saved[3] is not None and ctx.needs_input_grad[3]
+        *grads, grad_bias = backward(grad_output, *saved, *ctx.options, bias_gradient)
         return *grads, grad_bias if bias_gradient else None, *(None,) * (_OTHERS + 1)
 
     torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)

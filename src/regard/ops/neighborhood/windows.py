@@ -52,7 +52,7 @@ class Pattern:
     @property
     def offsets(self) -> int:
         """Entries of a head's relative position bias."""
-        return math.prod(2 * size - 1 for size in self.kernel_size)
+        return math.prod([2 * size - 1 for size in self.kernel_size])  # a list: Dynamo takes no generator
 
     def options(self) -> tuple[list[int], list[int], list[int], list[int], list[int], str]:
         """As the operators' schema has it."""
