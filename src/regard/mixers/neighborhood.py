@@ -27,8 +27,8 @@ CARD = Card(
     needs_grid=True,
     adds_parameters=False,
     query_masks=False,
-    summary="Each query sees the keys of a box around its own place in the grid; at the border the box moves inward, so "
-    "that all see equally many.",
+    summary="Each query sees the keys of a box around its own place in the grid; at the border the box moves inward, "
+    "so that all see equally many.",
     equation=r"o_i = \sum_{j \in W(i)} \operatorname{softmax}_{j \in W(i)}\!\left(\frac{q_i \cdot k_j}{\sqrt{d}} + "
     r"b_{j - i}\right) v_j",
     variants=(
@@ -36,19 +36,19 @@ CARD = Card(
         "interleaved ones, each on its own.",
         "Of any rank, along a sequence, an image or a video, with causal axes (FNA, arXiv 2403.04690): the operator's "
         "`is_causal`; the module is causal along a sequence.",
-        "Generalized (GNA, arXiv 2504.16922): `stride` consecutive queries share a window. stride = kernel_size is "
-        "blocked attention (Swin without its shift).",
+        "Generalized (GNA, arXiv 2504.16922): `stride` consecutive queries share a window. With stride = kernel_size "
+        "it is blocked attention (Swin without its shift).",
         "Borders: 'shift' is the published one. 'mask' makes windows smaller at the border, as TransNeXt's local keys "
-        "are; 'zeropad' counts what is missing as keys of zeros, as HaloNet (arXiv 2103.12731) does with stride = block "
-        "and kernel_size = block + 2 halo; 'replicate' repeats the key at the edge.",
-        "Prefix tokens (class token, registers) are none of the published models'. Here every query sees them, and they "
-        "see everything.",
+        "are; 'zeropad' counts what is missing as keys of zeros, as HaloNet (arXiv 2103.12731) does with stride = "
+        "block and kernel_size = block + 2 halo; 'replicate' repeats the key at the edge.",
+        "Prefix tokens (class token, registers) are none of the published models'. Here every query sees them, and "
+        "they see everything.",
     ),
     claims=(
-        "ImageNet-1k top-1 at 224 pixels: NAT-Mini 81.8 (20 M parameters), NAT-Tiny 83.2 (28 M), NAT-Small 83.7 (51 M), "
-        "NAT-Base 84.3 (90 M); DiNAT-Tiny 82.7, DiNAT-Small 83.8, DiNAT-Base 84.4.",
-        "In place of a ViT's attention, with a window of 7 x 7: ViT-Small with relative biases 81.2, NAT-isotropic 80.0, "
-        "DiNAT-isotropic 80.8.",
+        "ImageNet-1k top-1 at 224 pixels: NAT-Mini 81.8 (20 M parameters), NAT-Tiny 83.2 (28 M), NAT-Small 83.7 "
+        "(51 M), NAT-Base 84.3 (90 M); DiNAT-Tiny 82.7, DiNAT-Small 83.8, DiNAT-Base 84.4.",
+        "In place of a ViT's attention, with a window of 7 x 7: ViT-Small with relative biases 81.2, NAT-isotropic "
+        "80.0, DiNAT-isotropic 80.8.",
     ),
     claims_source="the papers' tables",
     official="SHI-Labs/NATTEN",
