@@ -56,7 +56,7 @@ CARD = Card(
     quirks=(
         "NATTEN has had no kernel for processors since 0.20, and no relative position bias; both are here.",
         "It refuses windows larger than the grid; here they are cut down to it.",
-        "It refuses windows of one key along an axis; here they are taken, such as (1, 7, 7) for the images of a video.",
+        "It refuses windows of one key along an axis; here (1, 7, 7), say, stays within the images of a video.",
     ),
     evidence=Evidence(
         identities=(
