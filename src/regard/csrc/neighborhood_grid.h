@@ -20,7 +20,7 @@ struct Layout {
         lines(p.axes[0].places * p.axes[1].places), places(p.axes[2].places), ld(spaced(places)), margin(W),
         ldq(spaced(places + 4 * W)), key_size(ld * p.dim), value_size(ld * p.value_dim), queries_y(p.axes[1].length),
         rows(p.axes[0].window * p.axes[1].window) {}
-  // Slots are read up to a vector beyond the last line.
+  // Slots are read up to a vector beyond the last line. What stands there is never used: it may be anything.
   static constexpr int64_t kBeyond = 4 * W;
 };
 
@@ -37,6 +37,7 @@ class Turner {
   template <class F>
   void pack(const Tensor4& t, int64_t b, int64_t h, int64_t dim, float factor, int64_t places, const F& token, float* out,
             int64_t ld) {
+    const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
     for (int64_t c = 0; c < places; c += W) {
       if (c + W > places && places >= W) c = places - W;  // the last block overlaps
       const int64_t here = smaller(W, places - c);
@@ -45,6 +46,9 @@ class Turner {
         const int64_t n = i < here ? token(c + i) : -1;
         from[i] = n < 0 ? reinterpret_cast<const char*>(zeros_) : at(t, b, h, n);
       }
+      for (int64_t i = c + W; i < smaller(c + 2 * W, places); ++i)  // tokens stand far apart: the next ones, early
+        if (const int64_t n = token(i); n >= 0)
+          for (int64_t byte = 0; byte < dim * size; byte += 64) __builtin_prefetch(at(t, b, h, n) + byte);
       const bool direct = here == W && t.stride[3] == 1;
       const int64_t whole = direct ? dim / W * W : 0;
       if (whole > 0) turn_tokens(from, t.dtype, factor, whole, out + c, ld);
@@ -193,12 +197,7 @@ class Keys {
       : keys(scratch.take(l.lines * l.key_size + Layout::kBeyond)), values(scratch.take(l.lines * l.value_size + Layout::kBeyond)),
         shown(p.visible ? scratch.take(l.lines * l.ld + Layout::kBeyond) : nullptr),
         prefix_keys(scratch.take(p.prefix * p.dim + l.dim_padded)), prefix_values(scratch.take(p.prefix * p.value_dim + l.value_padded)),
-        prefix_shown(scratch.take(p.prefix)), problem_(p), layout_(l), turner_(turner) {
-    // What lies beyond the last place is read, though never used.
-    __builtin_memset(keys, 0, (l.lines * l.key_size + Layout::kBeyond) * sizeof(float));
-    __builtin_memset(values, 0, (l.lines * l.value_size + Layout::kBeyond) * sizeof(float));
-    if (shown) __builtin_memset(shown, 0, (l.lines * l.ld + Layout::kBeyond) * sizeof(float));
-  }
+        prefix_shown(scratch.take(p.prefix)), problem_(p), layout_(l), turner_(turner) {}
 
   // Lines [first, last) of places, and the prefix.
   void load(int64_t batch, int64_t head, int64_t first, int64_t last) {
