@@ -104,10 +104,10 @@ class DenseQueries {
         Vec::F sum = Vec::zero();
         for (int64_t d = 0; d < p.dim; ++d)
           sum = Vec::fma(Vec::set1(query_[d]), Vec::load(keys_.keys + line * l.key_size + d * l.ld + c), sum);
+        if (keys_.shown) sum = Vec::add(sum, Vec::load(keys_.shown + line * l.ld + c));
         // Lanes that are no keys may hold anything.
         const Vec::F own = Vec::load(own_ + c);
-        Vec::F x = Vec::select(Vec::ge(own, Vec::zero()), sum, own);
-        if (keys_.shown) x = Vec::add(x, Vec::load(keys_.shown + line * l.ld + c));
+        const Vec::F x = Vec::select(Vec::ge(own, Vec::zero()), sum, own);
         see(x);
         Vec::store(weights_ + line * ld_ + c, x);
       }
