@@ -43,10 +43,11 @@ def check_windows(
             raise TypeError(f"is_causal: expected a bool, or one for each axis, got {is_causal!r}")
     if _is_several(is_causal):
         ranks["is_causal"] = len(is_causal)  # type: ignore[arg-type]
-    if len(set(ranks.values())) > 1 or not set(ranks.values()) <= set(_RANKS):
+    given = list(ranks.values())
+    if any(rank != given[0] or rank not in _RANKS for rank in given):
         found = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
         raise ValueError(f"{next(iter(ranks))}: expected one number, or one for each of 1 to 3 axes, got {found} axes")
-    rank = max(ranks.values(), default=1)
+    rank = given[0] if given else 1
     for size, step in zip(_each("kernel_size", kernel_size, rank), _each("stride", stride, rank), strict=True):
         if step > size:
             raise ValueError(f"stride: {step} queries share a window of {size} keys; give at most kernel_size")
