@@ -61,14 +61,7 @@ class BackwardLines {
   // Queries [x_begin, x_end) of some lines. `group_head` is the head's number among those that share the keys.
   void run(int64_t batch, int64_t head, int64_t group_head, const Lines& q, int64_t x_begin, int64_t x_end) {
     const NeighborhoodProblem& p = problem_;
-    const auto token = [&](int64_t r) {
-      const WindowAxis* axes = p.axes;
-      const int64_t before = p.prefix + (axes[0].token[q.z] * axes[1].length + axes[1].token[q.y + r]) * axes[2].length;
-      return [axes, before, x_begin, x_end](int64_t place) -> int64_t {
-        const int32_t a = axes[2].owner[place];
-        return a < x_begin || a >= x_end ? -1 : before + axes[2].token[a];
-      };
-    };
+    const auto token = [&](int64_t r) { return LineTokens(p, q.z, q.y + r, x_begin, x_end); };
     const int64_t margin = layout_.margin, places = layout_.places, ldq = layout_.ldq;
     for (int64_t r = 0; r < q.count; ++r) {
       turner_.pack(p.query, batch, head, p.dim, p.scale, places, token(r), queries_ + r * query_size_ + margin, ldq);

@@ -203,14 +203,7 @@ class ForwardLines {
   // Queries [x_begin, x_end) of some lines.
   void run(int64_t batch, int64_t head, const Lines& q, int64_t x_begin, int64_t x_end) {
     const NeighborhoodProblem& p = problem_;
-    const auto token = [&](int64_t r) {
-      const WindowAxis* axes = p.axes;
-      const int64_t before = p.prefix + (axes[0].token[q.z] * axes[1].length + axes[1].token[q.y + r]) * axes[2].length;
-      return [axes, before, x_begin, x_end](int64_t place) -> int64_t {
-        const int32_t a = axes[2].owner[place];
-        return a < x_begin || a >= x_end ? -1 : before + axes[2].token[a];
-      };
-    };
+    const auto token = [&](int64_t r) { return LineTokens(p, q.z, q.y + r, x_begin, x_end); };
     for (int64_t r = 0; r < q.count; ++r)
       turner_.pack(p.query, batch, head, p.dim, p.scale, layout_.places, token(r), queries_ + r * query_size_, layout_.ldq);
     for (int64_t i = 0; i < tiles_.count; ++i)

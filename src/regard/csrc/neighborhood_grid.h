@@ -13,12 +13,12 @@ struct Layout {
   int64_t lines, places, ld;  // of keys: lines of `places` keys, channels `ld` floats apart
   int64_t margin, ldq;        // of queries: with room for zeros before and after
   int64_t key_size, value_size;
-  int64_t queries_y, rows;    // slots of the first two axes together
+  int64_t rows;               // slots of the first two axes together
 
   explicit Layout(const NeighborhoodProblem& p)
       : dim_padded(round_up(p.dim, W)), value_padded(round_up(p.value_dim, W)),
         lines(p.axes[0].places * p.axes[1].places), places(p.axes[2].places), ld(spaced(places)), margin(W),
-        ldq(spaced(places + 4 * W)), key_size(ld * p.dim), value_size(ld * p.value_dim), queries_y(p.axes[1].length),
+        ldq(spaced(places + 4 * W)), key_size(ld * p.dim), value_size(ld * p.value_dim),
         rows(p.axes[0].window * p.axes[1].window) {}
   // Slots are read up to a vector beyond the last line. What stands there is never used: it may be anything.
   static constexpr int64_t kBeyond = 4 * W;
@@ -256,6 +256,19 @@ class Keys {
 // Lines of queries [y, y + count) of the second axis at z of the first; in the kernels' order, not in the grid's.
 struct Lines {
   int64_t z, y, count;
+};
+
+// The tokens of one line of queries, by their places: those of queries [x_begin, x_end), -1 for all else.
+struct LineTokens {
+  LineTokens(const NeighborhoodProblem& p, int64_t z, int64_t y, int64_t begin, int64_t end)
+      : x(p.axes[2]), before(p.prefix + (p.axes[0].token[z] * p.axes[1].length + p.axes[1].token[y]) * p.axes[2].length),
+        x_begin(begin), x_end(end) {}
+  int64_t operator()(int64_t place) const {
+    const int32_t a = x.owner[place];
+    return a < x_begin || a >= x_end ? -1 : before + x.token[a];
+  }
+  const WindowAxis& x;
+  const int64_t before, x_begin, x_end;
 };
 
 // Slots [row_begin, row_end) of the first two axes together, and [slot_begin, slot_end) of the last one.

@@ -26,10 +26,7 @@ class HeadSums {
     for (int64_t line = 0; line < l.lines; ++line) {
       const int32_t a = z->owner[line / y->places], b = y->owner[line % y->places];
       if (a < 0 || b < 0) continue;
-      const int64_t before = p.prefix + (z->token[a] * y->length + y->token[b]) * x->length;
-      const auto token = [x, before](int64_t place) -> int64_t {
-        return x->owner[place] < 0 ? -1 : before + x->source[place];
-      };
+      const LineTokens token(p, a, b, 0, x->length);
       turner.unpack(keys + line * l.key_size, l.ld, l.places, token, 1.0f, g.grad_key, u.batch, u.key_head, p.dim);
       turner.unpack(values + line * l.value_size, l.ld, l.places, token, 1.0f, g.grad_value, u.batch, u.key_head, p.value_dim);
     }
