@@ -17,6 +17,7 @@ _EXPORTS = {
     "multipole_attention": "regard.ops",
     "routed_attention": "regard.ops",
     "BlockOrder": "regard.ops",
+    "neighborhood_attention": "regard.ops",
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
@@ -32,6 +33,8 @@ _EXPORTS = {
     "KNNAttention": "regard.mixers",
     "Multipole": "regard.mixers",
     "MultipoleAttention": "regard.mixers",
+    "Neighborhood": "regard.mixers",
+    "NeighborhoodAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from regard.mixers import KNNAttention as KNNAttention
     from regard.mixers import Multipole as Multipole
     from regard.mixers import MultipoleAttention as MultipoleAttention
+    from regard.mixers import Neighborhood as Neighborhood
+    from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import parse_mechanism as parse_mechanism
     from regard.ops import BlockOrder as BlockOrder
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
     from regard.ops import routed_attention as routed_attention
+    from regard.ops import neighborhood_attention as neighborhood_attention
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism

@@ -13,6 +13,8 @@ _MORE = (
     "multipole(num_clusters=5, near=2, far='gaussian')",
     "clustered(reduction=2)",
     "multipole(near=20)",
+    "neighborhood(kernel_size=3, dilation=2)",
+    "neighborhood(kernel_size=4, stride=2, border='replicate')",
 )
 
 

@@ -6,6 +6,7 @@
 #include "multipole.h"
 #include "nearest.h"
 #include "routed.h"
+#include "neighborhood.h"
 
 namespace regard {
 
@@ -15,6 +16,7 @@ struct Kernels {
   MultipoleKernels multipole;
   NearestKernels nearest;
   RoutedKernels routed;
+  NeighborhoodKernels neighborhood;
 };
 
 const Kernels& kernels_plain();

@@ -24,6 +24,14 @@ namespace routed {
 #include "routed_forward.h"
 #include "routed_backward.h"
 }  // namespace routed
+namespace neighborhood {
+#include "neighborhood_micro.h"
+#include "neighborhood_grid.h"
+#include "neighborhood_sums.h"
+#include "neighborhood_dense.h"
+#include "neighborhood_forward.h"
+#include "neighborhood_backward.h"
+}  // namespace neighborhood
 
 static const Kernels& table() {
   static const Kernels kernels{
@@ -32,6 +40,7 @@ static const Kernels& table() {
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
       {nearest::scan, nearest::finish},
       {routed::forward, routed::backward, routed::reduce, routed::partial_size},
+      {neighborhood::forward, neighborhood::backward, neighborhood::reduce, neighborhood::partial_size},
   };
   return kernels;
 }

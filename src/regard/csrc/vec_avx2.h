@@ -22,6 +22,7 @@ struct Vec {
   static constexpr int kMixRows = 3;
   using F = __m256;
   using Mask = __m256;
+  using Lanes = __m256i;
 
   static REGARD_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static REGARD_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
@@ -70,6 +71,9 @@ struct Vec {
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(a, _mm256_castsi256_ps(power));
   }
+
+  static REGARD_INLINE Lanes lanes(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static REGARD_INLINE F permute(F a, Lanes from) { return _mm256_permutevar8x32_ps(a, from); }
 
   struct Counter {
     __m256i n;

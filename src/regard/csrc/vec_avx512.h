@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kMixRows = 6;    // rows of the weighted-sum micro-kernel: 6 x 4 accumulators
   using F = __m512;
   using Mask = __mmask16;
+  using Lanes = __m512i;
 
   static REGARD_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static REGARD_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -43,6 +44,9 @@ struct Vec {
   }
   // a * 2^n, n whole
   static REGARD_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+
+  static REGARD_INLINE Lanes lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static REGARD_INLINE F permute(F a, Lanes from) { return _mm512_permutexvar_ps(from, a); }
 
   struct Counter {
     __m512i n;

@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kMixRows = 3;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t Mask __attribute__((vector_size(16)));
+  using Lanes = Mask;
 
   static REGARD_INLINE F load(const float* p) {
     F a;
@@ -54,6 +55,13 @@ struct Vec {
     __builtin_memcpy(&factor, &power, sizeof factor);
     return a * factor;
   }
+
+  static REGARD_INLINE Lanes lanes(const int32_t* p) {
+    Lanes a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static REGARD_INLINE F permute(F a, Lanes from) { return F{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
 
   struct Counter {
     Mask n = {0, 0, 0, 0};

@@ -5,6 +5,7 @@ from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
+from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
 from regard.specs import Mechanism, parse, registered
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "KNNAttention",
     "Multipole",
     "MultipoleAttention",
+    "Neighborhood",
+    "NeighborhoodAttention",
     "mechanisms",
     "parse_mechanism",
 ]

@@ -5,6 +5,7 @@ from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_cluste
 from regard.ops.knn import knn_attention
 from regard.ops.multipole import multipole_attention
 from regard.ops.routed import BlockOrder, routed_attention
+from regard.ops.neighborhood import neighborhood_attention
 
 __all__ = [
     "Backend",
@@ -19,6 +20,7 @@ __all__ = [
     "knn_attention",
     "merge_tokens",
     "multipole_attention",
+    "neighborhood_attention",
     "only_backend",
     "routed_attention",
 ]

@@ -134,14 +134,22 @@ def fold(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor.flatten(0, -4)
 
 
-def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_head: bool = False) -> Tensor:
+def key_mask(
+    mask: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    by_head: bool = False,
+    because: str = "here a key is hidden from all alike",
+) -> Tensor:
     """(B, M): which keys a mask leaves to all queries and heads of an image; with `by_head` (B, 1 or H, M), to all
-    queries of a head. For mechanisms whose masks can only hide keys.
+    queries of a head. For mechanisms that cannot hide a key from some queries alone.
 
     Args:
         mask: boolean (True = attend), broadcastable to `shape`, with 1 in the places of heads and queries, or one row
             expanded along them.
         shape: (..., H, N, M); the leading dimensions are folded to B.
+        because: why the mechanism cannot, for the error.
 
     Raises:
         TypeError: the mask is not boolean.
@@ -150,8 +158,7 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_h
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"attn_mask: expected a boolean tensor (True = attend), got {found}; here a mask can hide keys, but give "
-            "them no bias"
+            f"attn_mask: expected a boolean tensor (True = attend), got {found}; biases are not taken: {because}"
         )
     if mask.device != device:
         raise ValueError(f"attn_mask: on {mask.device}, the query on {device}; move one of them")
@@ -165,8 +172,8 @@ def key_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, *, by_h
     for place, what in ((-2, "queries"),) if by_head else ((-2, "queries"), (-3, "heads")):
         if mask.shape[place] != 1 and mask.stride(place) != 0:
             raise ValueError(
-                f"attn_mask: shape {given} may differ between {what}, but here a key is hidden from all alike; "
-                f"give a mask {fix}"
+                f"attn_mask: shape {given} may differ between {what}, but {because}; give a mask {fix} that hides "
+                "keys from all"
             )
         mask = mask.narrow(place, 0, min(mask.shape[place], 1))
     mask = mask.squeeze(-2).expand(*shape[:-3], mask.shape[-3], shape[-1])
