@@ -93,7 +93,7 @@ def search(
     # Of equals the tiles nearest to those asked for.
     found.sort(key=lambda one: (round(one[0].change, 9), round(one[0].loss, 9), one[1]))
     least, told = -math.log2(min(asked.simulation.efficiency, 1.0)), [asked]
-    front = []
+    front: list[tuple[_Choice, Tiling]] = []
     for choice, _, tiles in found:
         if choice.loss < (front[-1][0].loss if front else least) - _ALIKE:
             front.append((choice, tiles))

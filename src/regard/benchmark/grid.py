@@ -1,0 +1,302 @@
+"""The grid of `regard bench`: which operator at which size, and how one point of it is measured."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.benchmark.against import Against, AgainstError
+from regard.benchmark.entry import Case, Entry, Peer, output_gradient, prepared_call
+from regard.benchmark.memory import Job, bytes_of, measure_peaks
+from regard.benchmark.operators import entries_of
+from regard.benchmark.timing import Ratio, Timing, interleave
+from regard.benchmark.workload import FORWARD, FORWARD_BACKWARD
+from regard.results import BenchCell, BenchTime
+
+__all__ = [
+    "OWN",
+    "Grid",
+    "Point",
+    "expected_seconds",
+    "measure_memory",
+    "measure_point",
+    "points_of",
+    "prepare_contender",
+]
+
+OWN = "regard"
+_HALVES = ("bfloat16", "float16")
+_SLOW = 0.25  # of a point's time: whoever takes longer for one run is timed apart, so that the others keep their rounds
+_TINY = 64  # tokens of the run that warms a measuring process up
+_GATE_SECONDS = {True: 4.0, False: 1.0}  # of a point of some thousand tokens, and of smaller ones
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operator at one size, in one dtype and direction."""
+
+    entry: Entry
+    case: Case
+    dtype: str
+    direction: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """As BenchCell.key."""
+        return (self.entry.name, self.case.label, self.dtype, self.direction)
+
+    def __str__(self) -> str:
+        return f"{self.entry.name}, {self.case.label}, {self.dtype}, {self.direction}"
+
+    def peers(self) -> list[Peer]:
+        """The entry's, and the operator itself in float32 beside a half type."""
+        own = Peer("float32", lambda case: _in_float32(self.entry.own(case)))
+        return [*self.entry.peers, *([own] if self.dtype in _HALVES else [])]
+
+    def contender(self, name: str) -> Callable[..., Any]:
+        """By name: the operator or a peer, as a callable that takes the operator's tensors by name."""
+        if name == OWN:
+            return self.entry.own(self.case)
+        return next(peer for peer in self.peers() if peer.name == name).make(self.case)
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**tensors: Tensor) -> Any:
+        return function(**_raised(tensors))
+
+    return call
+
+
+def _raised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
+
+
+def points_of(
+    entries: Sequence[Entry], *, dtypes: Sequence[str], directions: Sequence[str], quick: bool = False
+) -> list[Point]:
+    """All points of the grid: by operator, dtype, direction, and series in ascending sizes."""
+    return [
+        Point(entry, case, dtype, direction)
+        for entry in entries
+        for dtype in dtypes
+        for direction in entry.directions
+        if direction in directions
+        for case in entry.cases
+        if case.quick or not quick
+    ]
+
+
+def expected_seconds(points: Sequence[Point], seconds: float) -> float:
+    """Roughly how long measuring the points takes: the rounds, as much again for slow peers, gates, processes."""
+    gates = {point.key[:3]: _GATE_SECONDS[point.case.tokens > 2000] for point in points}
+    return sum(1.7 * seconds + 1.0 for _ in points) + sum(gates.values()) + 6.0 * len({p.entry.name for p in points})
+
+
+@dataclass
+class Grid:
+    """How points are measured, and what is remembered from one to the next.
+
+    Args:
+        seconds: of each point's interleaved rounds.
+        patience: a peer whose one run would take longer, judged by its last size and growth with the square of the
+            tokens, is left out, and so is the gradient of one whose forward took more than a third of it.
+        inputs: of an operator's name and a case: recorded tensors instead of random ones, or None.
+        against: another checkout, beside which every point is measured, too.
+    """
+
+    seconds: float = 2.0
+    patience: float = 5.0
+    device: str = "cpu"
+    inputs: Callable[[str, Case], dict[str, Tensor] | None] = lambda name, case: None
+    against: Against | None = None
+    _gates: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    _runs: dict[tuple[str, ...], tuple[int, float]] = field(default_factory=dict)
+
+    def tensors(self, point: Point) -> dict[str, Tensor]:
+        recorded = self.inputs(point.entry.name, point.case)
+        if recorded is None:
+            return point.entry.inputs(point.case, point.dtype, self.device)
+        kind = getattr(torch, point.dtype)
+        return {n: one.to(self.device, kind if one.is_floating_point() else None) for n, one in recorded.items()}
+
+    def gate(self, point: Point, tensors: dict[str, Tensor]) -> Any:
+        """Gradients are judged together with the forward: one gate an operator, size and dtype."""
+        key = point.key[:3]
+        if key not in self._gates:
+            self._gates[key] = point.entry.gate(point.case, tensors, len(point.entry.directions) > 1)
+        return self._gates[key]
+
+    def too_slow(self, point: Point, name: str) -> str:
+        """Why a peer is left out for its time; empty if it is not."""
+        before = self._runs.get(self._line(point, name))
+        if before is None:
+            return ""
+        tokens, seconds = before
+        expected = seconds * (point.case.tokens / tokens) ** 2
+        return "" if expected <= self.patience else f"about {expected:.0f} s a run; --patience {expected:.0f} takes it"
+
+    def remember(self, point: Point, name: str, seconds: float) -> None:
+        self._runs[self._line(point, name)] = (point.case.tokens, seconds)
+        backward = dataclasses.replace(point, direction=FORWARD_BACKWARD)
+        self._runs.setdefault(self._line(backward, name), (point.case.tokens, 3 * seconds))
+
+    @staticmethod
+    def _line(point: Point, name: str) -> tuple[str, ...]:
+        case = point.case
+        return (point.entry.name, case.series, f"{case.batch} {case.heads} {case.head_dim}", point.direction, name)
+
+
+def measure_point(point: Point, grid: Grid) -> BenchCell:
+    """Gate first; then, if it is green, time the operator and its peers in interleaved rounds."""
+    tensors = grid.tensors(point)
+    gate = grid.gate(point, tensors)
+    case = point.case
+    cell = BenchCell(
+        operator=point.entry.name,
+        label=case.label,
+        series=case.series,
+        tokens=case.tokens,
+        batch=case.batch,
+        heads=case.heads,
+        head_dim=case.head_dim,
+        dtype=point.dtype,
+        direction=point.direction,
+        gate=str(gate),
+        passed=bool(gate.passed),
+    )
+    if not cell.passed:
+        return cell
+    own = _ready(point, OWN, tensors)
+    results = own()
+    cell.bytes = bytes_of([*tensors.values(), *results]) + (0 if point.direction == FORWARD else bytes_of(results[:1]))
+    cell.flops = point.entry.useful_flops(case, point.direction, own)
+    del results
+    calls, skipped = {OWN: own}, {}
+    for peer in point.peers():
+        reason = peer.refuses(case, point.dtype, point.direction) or grid.too_slow(point, peer.name)
+        if reason:
+            skipped[peer.name] = reason
+            continue
+        try:
+            call = _ready(point, peer.name, tensors)
+            call()
+        except Exception as error:  # of whatever a peer is made of: its own figure is missing, no other
+            skipped[peer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        calls[peer.name] = call
+    found = time_contenders(calls, grid.seconds, grid.device)
+    for name in calls:
+        cell.times.append(_bench_time(name, *found[name]))
+        grid.remember(point, name, found[name][0].median)
+    cell.times += [BenchTime(name, skipped=reason) for name, reason in skipped.items()]
+    if grid.against is not None:
+        cell.times.append(_measure_against(point, grid, grid.against, tensors))
+    return cell
+
+
+def _bench_time(name: str, timing: Timing, slower: Ratio) -> BenchTime:
+    return BenchTime(
+        name,
+        seconds=timing.median,
+        seconds_low=timing.low,
+        seconds_high=timing.high,
+        repeats=timing.repeats,
+        slower=slower.median,
+        slower_low=slower.low,
+        slower_high=slower.high,
+    )
+
+
+def _measure_against(point: Point, grid: Grid, against: Against, tensors: dict[str, Tensor]) -> BenchTime:
+    given = dict(tensors)
+    if point.direction != FORWARD:
+        given["grad_output"] = output_gradient(tensors)
+    try:
+        found = against.measure(point.entry.operator, dict(point.case.options), given, point.direction, grid.seconds)
+    except AgainstError as error:
+        return BenchTime(against.name, skipped=str(error))
+    return _bench_time(against.name, *found)
+
+
+def _ready(point: Point, name: str, tensors: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    function, given = point.contender(name), tensors
+    if name == "float32":  # its inputs are in float32 already: a cast would be part of the time
+        function, given = point.entry.own(point.case), _raised(tensors)
+    return prepared_call(function, given, point.direction)
+
+
+def time_contenders(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, device: str = "cpu"
+) -> dict[str, tuple[Timing, Ratio]]:
+    """Time the operator, which is `calls[OWN]`, and its peers, slow peers in rounds of their own.
+
+    Returns:
+        Of each name its timing, and how many times longer it took than the operator in the same rounds.
+    """
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else None
+    once = {}
+    for name, call in calls.items():  # a second run: the first one compiled, or woke threads
+        begun = time.perf_counter()
+        call()
+        if wait is not None:
+            wait()
+        once[name] = time.perf_counter() - begun
+    slow = [name for name in calls if name != OWN and once[name] > _SLOW * seconds]
+    groups = [[name for name in calls if name not in slow], *([[OWN, *slow]] if slow else [])]
+    found: dict[str, tuple[Timing, Ratio]] = {}
+    for group in groups:
+        timings = interleave(
+            {name: calls[name] for name in group},
+            budget_seconds=seconds,
+            min_rounds=3,
+            max_rounds=300,
+            warm_up=1 if group is groups[0] else 0,
+            synchronize=wait,
+        )
+        for name in group:
+            found.setdefault(name, (timings[name], timings[OWN].ratio(timings[name])))
+    return found
+
+
+def measure_memory(cells: Sequence[BenchCell], points: Sequence[Point], device: str, timeout_seconds: float) -> None:
+    """Write the peak memory of everything that was timed into the cells, each in a process of its own."""
+    of_point = {point.key: point for point in points}
+    places, jobs = [], []
+    for cell in cells:
+        point = of_point[cell.key]
+        compiled = {peer.name for peer in point.peers() if peer.compiles}
+        for one in cell.times:
+            if one.skipped or one.name in compiled or math.isnan(one.seconds):
+                continue
+            arguments = {
+                "operator": cell.operator,
+                "label": cell.label,
+                "dtype": cell.dtype,
+                "direction": cell.direction,
+                "contender": one.name,
+                "device": device,
+            }
+            places.append(one)
+            jobs.append(
+                Job(
+                    "regard.benchmark.grid:prepare_contender", {**arguments, "tiny": False}, {**arguments, "tiny": True}
+                )
+            )
+    for place, peak in zip(places, measure_peaks(jobs, device=device, timeout_seconds=timeout_seconds), strict=True):
+        place.peak_memory = peak.bytes
+
+
+def prepare_contender(
+    *, operator: str, label: str, dtype: str, direction: str, contender: str, device: str, tiny: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """What a measuring process runs, from plain values; `tiny` takes the operator's smallest size instead."""
+    (entry,) = entries_of([operator])
+    cases = [case for case in entry.cases if tiny or case.label == label]
+    case = min(cases, key=lambda case: case.tokens * case.batch)
+    point = Point(entry, case, dtype, direction)
+    return _ready(point, contender, entry.inputs(case, dtype, device))
