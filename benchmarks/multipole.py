@@ -17,24 +17,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from regard.benchmark import environment, error_budget, interleave
-from regard.conversion import AttentionCall, record_attention
+from regard.conversion import AttentionCall
 from regard.mixers import parse_mechanism
 from regard.results import write_text
 from regard.specs import Mechanism
-from regard.studies.photographs import choose_photographs, installed_photographs, open_photograph
+from regard.studies.photographs import choose_photographs, installed_photographs
+from regard.studies.recorded import recorded_calls
 
 
 @dataclass(frozen=True)
@@ -65,20 +61,6 @@ class Finding:
     ratios: tuple[float, ...]
     cosine: float
     rounds: int
-
-
-def recorded(settings: Settings, photo: Path, size: int) -> list[AttentionCall]:
-    """The chosen layers' calls on a photograph, contiguous as a model of its own would hand them over."""
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=518, dynamic_img_size=True, num_classes=0)
-    model.load_state_dict(load_file(settings.weights))
-    picture = open_photograph(photo)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    calls = record_attention(model, ((pixels - mean) / deviation)[None])
-    return [calls[layer] for layer in settings.layers]
 
 
 def gate(call: AttentionCall) -> str:
@@ -164,7 +146,9 @@ def main(settings: Settings) -> None:
     findings = []
     for size in settings.sizes:
         console.print(f"{size} px: recording queries, keys and values")
-        for layer, call in zip(settings.layers, recorded(settings, photo, size), strict=True):
+        for layer, call in zip(
+            settings.layers, recorded_calls(settings.weights, photo, size, settings.layers), strict=True
+        ):
             if problem := gate(call):
                 raise SystemExit(f"RED: layer {layer} at {size} px: {problem}; nothing is timed")
             side = size // 14

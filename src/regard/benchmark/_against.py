@@ -20,9 +20,10 @@ def main() -> None:
     run: Any = None
     for line in sys.stdin:
         request = json.loads(line)
+        answer: dict[str, Any] = {}
         try:
             if "load" in request:
-                run, answer = _loaded(source, **request["load"]), {}
+                run = _loaded(source, **request["load"])
             else:
                 begun = time.perf_counter()
                 result = run()

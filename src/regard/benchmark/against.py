@@ -1,4 +1,4 @@
-"""An older commit beside the present one: its checkout and kernels in a throw-away worktree, its operators in a process.
+"""An older commit beside the present one: a throw-away worktree with its own kernels, and a process that runs them.
 
 Both sides run in processes of the same kind, so that neither has the caller's threads and caches. Their runs are
 interleaved; each measures its own, so what passes between the processes is no part of it. Their threads sleep at once
@@ -77,8 +77,13 @@ def worktree(root: Path, commit: str, say: Callable[[str], None] = lambda text: 
         yield tree
     finally:
         with _uninterrupted():
+            subprocess.run(
+                ["git", "worktree", "remove", "--force", "--force", str(tree)],
+                cwd=root,
+                capture_output=True,
+                check=False,
+            )
             shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True, check=False)
 
 
 def _provide_kernels(root: Path, tree: Path, commit: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -101,9 +106,8 @@ def _provide_kernels(root: Path, tree: Path, commit: str, folder: Path, say: Cal
         lines = said.read().strip().splitlines()
     built = folder / "lib" / "regard" / _LIBRARY.name
     if process.returncode or not built.exists():
-        say(
-            f"the kernels of {commit[:12]} cannot be built ({lines[-1] if lines else 'no reason given'}); its PyTorch path runs"
-        )
+        reason = lines[-1] if lines else "no reason given"
+        say(f"the kernels of {commit[:12]} cannot be built ({reason}); its PyTorch path runs")
         return
     shutil.copy2(built, tree / _LIBRARY)
 

@@ -138,7 +138,9 @@ class Grid:
             return ""
         tokens, seconds = before
         expected = seconds * (point.case.tokens / tokens) ** 2
-        return "" if expected <= self.patience else f"about {expected:.0f} s a run; --patience {expected:.0f} takes it"
+        if expected <= self.patience:
+            return ""
+        return f"about {expected:.0f} s a run; --patience {math.ceil(1.1 * expected)} takes it"
 
     def remember(self, point: Point, name: str, seconds: float) -> None:
         self._runs[self._line(point, name)] = (point.case.tokens, seconds)

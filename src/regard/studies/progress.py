@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["CompareProgress"]
+__all__ = ["CompareProgress", "duration"]
 
 
 class CompareProgress:
@@ -86,10 +86,11 @@ class CompareProgress:
         note = f"{self._runs_done} of {self._runs} runs"
         if self._epochs_done:
             seconds = (time.monotonic() - self._started) / self._epochs_done * left + self._cost_seconds
-            note += f", about {_clock(seconds)} left"
+            note += f", about {duration(seconds)} left"
         self._bars.update(self._all, completed=done, note=note)
 
 
-def _clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`2 min 05 s` or `43 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
