@@ -67,6 +67,11 @@ def about(study: BenchStudy) -> list[str]:
         )
     red = sum(not cell.passed for cell in study.cells)
     lines.append(f"correctness gate: {red} red of {len(study.cells)}; medians and quartiles of interleaved rounds")
+    lines.append(
+        "of the ceiling: useful operations over the matrix product's; bytes in and out, once each, over the copy's"
+    )
+    if any(one.peak_memory is not None for cell in study.cells for one in cell.times):
+        lines.append("MB: peak memory beyond inputs, outputs and gradients, in a process of its own")
     return [*lines, *study.notes, *(["Stopped before the end: the same command resumes."] if study.interrupted else [])]
 
 
@@ -83,7 +88,6 @@ def _rows(cells: Sequence[BenchCell], study: BenchStudy) -> tuple[list[str], lis
         "regard\nms",
         "useful\nGFLOP/s",
         "of the\nceiling",
-        "memory",
         *(f"{peer}\ntakes" for peer in measured),
     ]
     rows = []
@@ -91,13 +95,12 @@ def _rows(cells: Sequence[BenchCell], study: BenchStudy) -> tuple[list[str], lis
         row = [[cell.label, f"{_SHORT.get(cell.direction, cell.direction)}, {cell.dtype}"]]
         own = cell.own
         if own is None:
-            rows.append([*row, ["gate RED"], *([[wording.MISSING]] * (3 + len(measured)))])
+            rows.append([*row, ["gate RED"], *([[wording.MISSING]] * (2 + len(measured)))])
             continue
         spread = [f"{_ms(own.seconds_low)}-{_ms(own.seconds_high)}"] if own.repeats >= _ROUNDS else []
-        row.append([_ms(own.seconds), *spread])
+        row.append([_ms(own.seconds), *spread, *_memory(own)])
         row.append([wording.number(cell.flops / own.seconds / 1e9)])
         row.append(_shares(cell, own, study.ceiling(cell.dtype)))
-        row.append([wording.megabytes(own.peak_memory)])
         times = {one.name: one for one in cell.times}
         row += [_peer(times.get(peer)) for peer in measured]
         rows.append(row)
@@ -118,7 +121,11 @@ def _peer(one: BenchTime | None) -> list[str]:
     lines = [f"{wording.number(one.slower)}x"]
     if one.repeats >= _ROUNDS:
         lines.append(f"{wording.number(one.slower_low)}-{wording.number(one.slower_high)}")
-    return [*lines, wording.megabytes(one.peak_memory)] if one.peak_memory is not None else lines
+    return [*lines, *_memory(one)]
+
+
+def _memory(one: BenchTime) -> list[str]:
+    return [] if one.peak_memory is None else [wording.megabytes(one.peak_memory)]
 
 
 def _styled(lines: Sequence[str]) -> Text:

@@ -12,6 +12,8 @@ from regard.results.environment import Environment
 
 __all__ = ["BenchCell", "BenchStudy", "BenchTime", "Ceiling", "Growth", "growth_of"]
 
+_SPAN = 5
+
 
 @dataclass
 class BenchTime:
@@ -94,7 +96,7 @@ class Ceiling:
 
 @dataclass
 class Growth:
-    """Time over tokens as a power law, fitted to all measured sizes of a series: seconds ~ tokens ** exponent."""
+    """Time over tokens as a power law, fitted to a series' large sizes: seconds ~ tokens ** exponent."""
 
     operator: str
     series: str
@@ -148,7 +150,10 @@ class BenchStudy:
 
 
 def growth_of(cells: Sequence[BenchCell]) -> list[Growth]:
-    """The exponent of each contender in each series that has two sizes or more; least squares on log-log axes."""
+    """The exponent of each contender in each series that has two sizes or more; least squares on log-log axes.
+
+    Of the largest size and those down to a fifth of it (else the next one): fixed costs flatter small sizes.
+    """
     lines: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for cell in cells:
         for one in cell.times:
@@ -158,7 +163,10 @@ def growth_of(cells: Sequence[BenchCell]) -> list[Growth]:
                 lines.setdefault(key, []).append((cell.tokens, one.seconds))
     found = []
     for (operator, series, dtype, direction, name, _), points in lines.items():
-        if len({tokens for tokens, _ in points}) > 1:
+        sizes = sorted({tokens for tokens, _ in points})
+        if len(sizes) > 1:
+            least = min(sizes[-2], sizes[-1] / _SPAN)
+            points = [point for point in points if point[0] >= least]
             ends = min(points)[0], max(points)[0]
             found.append(Growth(operator, series, dtype, direction, name, _slope(points), *ends))
     return found
