@@ -173,7 +173,7 @@ def bench_figure(study: BenchStudy) -> Figure | None:
     directions = list(dict.fromkeys(one.direction for one in study.growth))
     if not series:
         return None
-    names = list(dict.fromkeys(one.name for one in study.growth))
+    names = list(dict.fromkeys(one.name for cell in study.cells for one in cell.times if not one.skipped))
     looks = looks_of(names, _BASELINE)
     width, height = 5.2 * len(directions), 3.3 * len(series)
     figure, panels = new_figure(width, height, nrows=len(series), ncols=len(directions), squeeze=False)
