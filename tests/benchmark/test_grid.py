@@ -82,6 +82,23 @@ def test_multipoles_gate_sees_a_small_error(monkeypatch):
     assert all(not one.passed for one in gate.judgements if one.name.endswith("output"))
 
 
+def test_a_kernel_is_judged_by_its_own_pytorch_path(monkeypatch):
+    entry = tiny("knn")
+    tensors = entry.inputs(entry.cases[0], "float32", "cpu")
+    options = {"topk": 24}  # all keys: nothing is selected
+    gate = gates.check_kernel(regard.ops.knn_attention, tensors, options=options, backward=True)
+    assert gate.passed and len(gate.judgements) == 4, str(gate)
+
+    def wrong(query, key, value, **options):
+        output = regard.ops.knn_attention(query, key, value, **options)
+        return output if query.dtype == torch.float64 or _only_pytorch() else output * (1 + 1e-5)
+
+    def _only_pytorch():
+        return regard.ops._dispatch._only == "pytorch"
+
+    assert not gates.check_kernel(wrong, tensors, options=options, backward=False).passed
+
+
 def test_kmeans_gate_sees_moved_centroids_and_wrong_assignments(monkeypatch):
     entry = tiny("kmeans")
     tensors = entry.inputs(entry.cases[0], "float32", "cpu")

@@ -109,10 +109,10 @@ class Entry:
         cases: sizes, ascending within a series.
         gate: of a case, its tensors and whether to judge gradients: what the correctness gate found.
         peers: beside it in the same rounds.
-        inputs: of a case, dtype and device: the operator's tensors by name. With `query`, `key` and `value` among them
-            it is an attention and has gradients; everything else goes forward only.
+        inputs: of a case, dtype and device: the operator's tensors by name; `query`, `key` and `value` get gradients.
         flops: useful operations of one run, of a case and a direction; counted by torch's counter with the
             operators' own formulas if None.
+        has_gradient: False for what goes forward only.
     """
 
     name: str
@@ -122,6 +122,7 @@ class Entry:
     peers: tuple[Peer, ...]
     inputs: Callable[[Case, str, str], Tensors] = normal_attention
     flops: Callable[[Case, str], float] | None = None
+    has_gradient: bool = True
 
     def own(self, case: Case) -> Callable[..., Any]:
         """The operator with the case's options."""
@@ -132,7 +133,7 @@ class Entry:
     @property
     def directions(self) -> tuple[str, ...]:
         """Forward, and forward + backward where there are gradients."""
-        return (FORWARD, FORWARD_BACKWARD) if self.inputs is not normal_tokens else (FORWARD,)
+        return (FORWARD, FORWARD_BACKWARD) if self.has_gradient else (FORWARD,)
 
     def useful_flops(self, case: Case, direction: str, call: Callable[[], Any]) -> float:
         """Of one run of the operator, which is `call`."""

@@ -10,13 +10,20 @@ from torch import Tensor
 
 from regard.benchmark.gate import Judgement, error_budget, largest_error
 from regard.benchmark.peers import published_density_peaks
-from regard.ops import density_peak_clusters, kmeans_clusters
+from regard.ops import density_peak_clusters, kmeans_clusters, only_backend
 from regard.ops.clustering import density_peaks_reference
 from regard.ops.multipole.api import OPERATOR as MULTIPOLE
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
 from regard.ops.multipole.reference import multipole_attention_reference
 
-__all__ = ["Findings", "check_density_peaks", "check_kmeans", "check_multipole", "judge_attention"]
+__all__ = [
+    "Findings",
+    "check_density_peaks",
+    "check_kernel",
+    "check_kmeans",
+    "check_multipole",
+    "judge_attention",
+]
 
 _QUERIES = 256  # that are judged: float64 weights of all would not fit into memory at the sizes that matter
 _ORDERS = 4  # in which eager's error is taken
@@ -77,6 +84,39 @@ def _differentiate(attend: Attend, tensors: Sequence[Tensor], gradient: Tensor, 
     with torch.set_grad_enabled(backward):
         output = attend(*leaves)
         return [output.detach(), *(torch.autograd.grad(output, leaves, gradient) if backward else ())]
+
+
+def check_kernel(
+    operator: Callable[..., Tensor], tensors: Mapping[str, Tensor], *, options: Mapping[str, Any], backward: bool
+) -> Findings:
+    """Judge an attention's kernel by the operator's own PyTorch path, which its tests hold to the specification.
+
+    For an operator that selects nothing and whose PyTorch path needs no more memory than its kernel allows. In float64
+    it is exact; in the dtype at hand, with the head dims shuffled, too, it is eager. Judged is one image.
+
+    Args:
+        tensors: the operator's, by name; those beside `query`, `key` and `value` are passed on.
+        options: its other arguments.
+    """
+    query, key, value = (tensors[name][:1] for name in ("query", "key", "value"))
+    rest = {name: one[:1] for name, one in tensors.items() if name not in ("query", "key", "value")}
+
+    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return operator(q, k, v, **rest, **options)
+
+    def eager(order: Tensor) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with only_backend("pytorch"):
+                return own(q[..., order], k[..., order], v)
+
+        return attend
+
+    dim, generator = query.shape[-1], torch.Generator().manual_seed(0)
+    orders = [torch.arange(dim), *(torch.randperm(dim, generator=generator) for _ in range(_ORDERS - 1))]
+    judgements = judge_attention(
+        own, eager(orders[0]), [eager(order) for order in orders], (query, key, value), backward=backward
+    )
+    return Findings(operator.__name__, _name(query.dtype), judgements)
 
 
 def check_multipole(

@@ -22,6 +22,7 @@ ENTRY = Entry(
         _case(4096, 1, 384),
     ),
     inputs=normal_tokens,
+    has_gradient=False,
     gate=lambda case, tensors, backward: check_density_peaks(**tensors, **case.options),
     peers=(PUBLISHED_DENSITY_PEAKS,),
 )

@@ -15,6 +15,7 @@ ENTRY = Entry(
     operator="kmeans_clusters",
     cases=(_case(1024, 128, quick=True), _case(4096, 256, quick=True), _case(16384, 512)),
     inputs=normal_tokens,
+    has_gradient=False,
     gate=lambda case, tensors, backward: check_kmeans(**tensors, **case.options),
     peers=(EAGER_KMEANS,),
 )
