@@ -135,13 +135,13 @@ class Entry:
         """Forward, and forward + backward where there are gradients."""
         return (FORWARD, FORWARD_BACKWARD) if self.has_gradient else (FORWARD,)
 
-    def useful_flops(self, case: Case, direction: str, call: Callable[[], Any]) -> float:
-        """Of one run of the operator, which is `call`."""
-        if self.flops is not None:
-            return self.flops(case, direction)
+    def counted(
+        self, case: Case, direction: str, call: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[float, tuple[Tensor, ...]]:
+        """Useful operations of one run of the operator, which is `call`, and what the run gave."""
         with counting_flops() as counter:
-            call()
-        return float(counter.get_total_flops())
+            results = call()
+        return float(counter.get_total_flops() if self.flops is None else self.flops(case, direction)), results
 
 
 def prepared_call(function: Callable[..., Any], tensors: Tensors, direction: str) -> Callable[[], tuple[Tensor, ...]]:

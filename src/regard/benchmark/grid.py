@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -174,11 +175,11 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     if not cell.passed:
         return cell
     own = _ready(point, OWN, tensors)
-    results = own()
+    cell.flops, results = point.entry.counted(case, point.direction, own)
     cell.bytes = bytes_of([*tensors.values(), *results]) + (0 if point.direction == FORWARD else bytes_of(results[:1]))
-    cell.flops = point.entry.useful_flops(case, point.direction, own)
     del results
     calls, skipped = {OWN: own}, {}
+    slow: dict[str, float] = {}
     for peer in point.peers():
         reason = peer.refuses(case, point.dtype, point.direction) or grid.too_slow(point, peer.name)
         if reason:
@@ -186,12 +187,14 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
             continue
         try:
             call = _ready(point, peer.name, tensors)
-            call()
+            seconds = _once(call, grid.device)
         except Exception as error:  # of whatever a peer is made of: its own figure is missing, no other
             skipped[peer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
         calls[peer.name] = call
-    found = time_contenders(calls, grid.seconds, grid.device)
+        if seconds > _SLOW * grid.seconds and not peer.compiles:
+            slow[peer.name] = seconds
+    found = time_contenders(calls, grid.seconds, grid.device, known=slow)
     for name in calls:
         cell.times.append(_bench_time(name, *found[name]))
         grid.remember(point, name, found[name][0].median)
@@ -233,21 +236,21 @@ def _ready(point: Point, name: str, tensors: dict[str, Tensor]) -> Callable[[], 
 
 
 def time_contenders(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, device: str = "cpu"
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    device: str = "cpu",
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, tuple[Timing, Ratio]]:
     """Time the operator, which is `calls[OWN]`, and its peers, slow peers in rounds of their own.
+
+    Args:
+        calls: each has run once already, so it is compiled and its threads are awake.
+        known: seconds of a run, of those that are known to be slow.
 
     Returns:
         Of each name its timing, and how many times longer it took than the operator in the same rounds.
     """
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else None
-    once = {}
-    for name, call in calls.items():  # a second run: the first one compiled, or woke threads
-        begun = time.perf_counter()
-        call()
-        if wait is not None:
-            wait()
-        once[name] = time.perf_counter() - begun
+    once = {name: known[name] if name in known else _once(call, device) for name, call in calls.items()}
     slow = [name for name in calls if name != OWN and once[name] > _SLOW * seconds]
     groups = [[name for name in calls if name not in slow], *([[OWN, *slow]] if slow else [])]
     found: dict[str, tuple[Timing, Ratio]] = {}
@@ -257,12 +260,26 @@ def time_contenders(
             budget_seconds=seconds,
             min_rounds=3,
             max_rounds=300,
-            warm_up=1 if group is groups[0] else 0,
-            synchronize=wait,
+            warm_up=1 if once[OWN] < _SLOW * seconds else 0,
+            synchronize=_waiting(device),
         )
         for name in group:
             found.setdefault(name, (timings[name], timings[OWN].ratio(timings[name])))
     return found
+
+
+def _once(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one run."""
+    wait = _waiting(device)
+    begun = time.perf_counter()
+    call()
+    if wait is not None:
+        wait()
+    return time.perf_counter() - begun
+
+
+def _waiting(device: str) -> Callable[[], Any] | None:
+    return torch.cuda.synchronize if torch.device(device).type == "cuda" else None
 
 
 def measure_memory(cells: Sequence[BenchCell], points: Sequence[Point], device: str, timeout_seconds: float) -> None:

@@ -169,27 +169,28 @@ def _line(cells: Sequence[str]) -> str:
 
 def bench_figure(study: BenchStudy) -> Figure | None:
     """Time over tokens, log-log with quartile bars: a panel for each series and direction; None without two sizes."""
-    series = list(dict.fromkeys((one.operator, one.series, one.dtype) for one in study.growth))
-    directions = list(dict.fromkeys(one.direction for one in study.growth))
-    if not series:
+    lines: dict[tuple[object, ...], list[BenchCell]] = {}
+    for cell in study.cells:
+        if cell.own is not None:
+            shape = (cell.batch, cell.heads, cell.head_dim)
+            lines.setdefault((cell.operator, cell.series, cell.dtype, shape, cell.direction), []).append(cell)
+    lines = {key: cells for key, cells in lines.items() if len({cell.tokens for cell in cells}) > 1}
+    if not lines:
         return None
+    rows = list(dict.fromkeys(key[:4] for key in lines))
+    directions = list(dict.fromkeys(key[4] for key in lines))
     names = list(dict.fromkeys(one.name for cell in study.cells for one in cell.times if not one.skipped))
     looks = looks_of(names, _BASELINE)
-    width, height = 5.2 * len(directions), 3.3 * len(series)
-    figure, panels = new_figure(width, height, nrows=len(series), ncols=len(directions), squeeze=False)
-    for row, (operator, kind, dtype) in zip(panels, series, strict=True):
-        for axes, direction in zip(row, directions, strict=True):
-            cells = [
-                cell
-                for cell in study.cells
-                if (cell.operator, cell.series, cell.dtype, cell.direction) == (operator, kind, dtype, direction)
-                and cell.own is not None
-            ]
-            if not cells:
+    width, height = 5.2 * len(directions), 3.3 * len(rows)
+    figure, panels = new_figure(width, height, nrows=len(rows), ncols=len(directions), squeeze=False)
+    for panel_row, key in zip(panels, rows, strict=True):
+        operator, series, dtype, _ = key
+        for axes, direction in zip(panel_row, directions, strict=True):
+            if (*key, direction) not in lines:
                 axes.set_axis_off()
                 continue
-            quiet(axes, f"{operator}, {kind}, {direction}, {dtype}", "tokens", "milliseconds")
-            _panel(axes, cells, looks)
+            quiet(axes, f"{operator}, {series}, {direction}, {dtype}", "tokens", "milliseconds")
+            _panel(axes, lines[*key, direction], looks)
     return figure
 
 

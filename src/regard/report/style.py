@@ -148,7 +148,12 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float
 
 
 def token_axes(axes: Axes, sizes: Sequence[int], ends: list[tuple[float, float, str, str]]) -> None:
-    """Log-log axes over ascending numbers of tokens, with the lines' names at their ends (see `label_ends`)."""
+    """Log-log axes over ascending numbers of tokens, with the lines' names at their ends.
+
+    Args:
+        ends: (tokens, height, name, colour) of each line's last point. Names of lines that reach the largest size
+            stand beside the axes (see `label_ends`), the others beside their points.
+    """
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12 * 1.042 ** max((len(text) for _, _, text, _ in ends), default=0))
@@ -159,12 +164,13 @@ def token_axes(axes: Axes, sizes: Sequence[int], ends: list[tuple[float, float, 
     axes.yaxis.set_major_locator(
         LogLocator(subs=(1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0))
     )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda found, _: f"{found:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda found, _: f"{found:,.0f}" if found >= 1 else f"{found:.4g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     figure = axes.get_figure(root=True)
     if figure is not None:
         figure.canvas.draw()
-    label_ends(axes, ends)
+    label_ends(axes, [one for one in ends if one[0] == sizes[-1]])
+    label_marks(axes, [one for one in ends if one[0] < sizes[-1]])
 
 
 def label_marks(axes: Axes, marks: list[tuple[float, float, str, str]]) -> None:
