@@ -45,7 +45,8 @@ def test_the_table_holds_times_rates_ceilings_memory_and_peers(study):
     text = drawn(study)
     # 2 GFLOP in 10 ms is 200 GFLOP/s, half of the ceiling; 10 MB in 10 ms is 1 GB/s, 5 % of the copy.
     for expected in (
-        "N 1,024, k = N/16",
+        "N 1,024",
+        "k = N/16",
         "10.0",
         "9.00-11.0",
         "200",

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -186,8 +187,10 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
             skipped[peer.name] = reason
             continue
         try:
-            call = _ready(point, peer.name, tensors)
-            seconds = _once(call, grid.device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of others' code: their users' business
+                call = _ready(point, peer.name, tensors)
+                seconds = _once(call, grid.device)
         except Exception as error:  # of whatever a peer is made of: its own figure is missing, no other
             skipped[peer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue

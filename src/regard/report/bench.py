@@ -32,7 +32,7 @@ def bench_tables(study: BenchStudy) -> Group:
         heads, rows = _rows(cells, study)
         table = Table(title=operator, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
         for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True, vertical="top")
+            table.add_column(head, justify="left" if i == 0 else "right", overflow="fold", vertical="top")
         for row in rows:
             table.add_row(*(_styled(lines) for lines in row))
         parts.append(table)
@@ -88,11 +88,13 @@ def _rows(cells: Sequence[BenchCell], study: BenchStudy) -> tuple[list[str], lis
         "regard\nms",
         "useful\nGFLOP/s",
         "of the\nceiling",
-        *(f"{peer}\ntakes" for peer in measured),
+        *(f"{peer.replace(' ', chr(10))}\ntakes" for peer in measured),
     ]
     rows = []
     for cell in cells:
-        row = [[cell.label, f"{_SHORT.get(cell.direction, cell.direction)}, {cell.dtype}"]]
+        size = f"N {cell.tokens:,}" + (f", B {cell.batch}" if cell.batch > 1 else "")
+        run = f"{_SHORT.get(cell.direction, cell.direction)}, {cell.dtype}"
+        row = [[size, *filter(None, [cell.series]), run]]
         own = cell.own
         if own is None:
             rows.append([*row, ["gate RED"], *([[wording.MISSING]] * (2 + len(measured)))])
