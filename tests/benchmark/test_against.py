@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import regard
+from regard.benchmark import against
 from regard.benchmark.against import Against, AgainstError, commit_of, worktree
 
 SOURCE = Path(regard.__file__).resolve().parents[1]
@@ -48,24 +49,24 @@ def checkout(tmp_path) -> Path:
 
 
 def test_both_sides_run_the_operator_and_are_timed():
-    with Against(SOURCE, "at HEAD") as against:
+    with Against(SOURCE, "at HEAD") as sides:
         for direction, gradient in (("forward", False), ("forward+backward", True)):
-            timing, slower = against.measure("knn_attention", OPTIONS, tensors(gradient), direction, 0.1)
+            timing, slower = sides.measure("knn_attention", OPTIONS, tensors(gradient), direction, 0.1)
             assert timing.repeats >= 1 and timing.median > 0 and slower.median > 0
-        processes = [side._process for side in against._sides]
+        processes = [side._process for side in sides._sides]
         assert all(process.poll() is None for process in processes)
     assert all(process.poll() is not None for process in processes)
 
 
 def test_what_the_other_side_cannot_do_is_said_and_the_next_still_runs(checkout):
-    with worktree(checkout, "HEAD~1") as tree, Against(tree / "src", "at HEAD~1") as against:
+    with worktree(checkout, "HEAD~1") as tree, Against(tree / "src", "at HEAD~1") as sides:
         with pytest.raises(AgainstError, match="has no knn_attention there"):
-            against.measure("knn_attention", OPTIONS, tensors(), "forward", 0.1)
+            sides.measure("knn_attention", OPTIONS, tensors(), "forward", 0.1)
         given = {"x": torch.randn(1, 30, 4)}
-        timing, _ = against.measure("kmeans_clusters", {"num_clusters": 3}, given, "forward", 0.1)
+        timing, _ = sides.measure("kmeans_clusters", {"num_clusters": 3}, given, "forward", 0.1)
         assert timing.repeats >= 1
         with pytest.raises(AgainstError, match="num_clusters"):
-            against.measure("kmeans_clusters", {"num_clusters": 31}, given, "forward", 0.1)
+            sides.measure("kmeans_clusters", {"num_clusters": 31}, given, "forward", 0.1)
 
 
 def test_a_worktree_is_removed_on_every_way_out(checkout):
@@ -92,11 +93,11 @@ def test_kernels_that_cannot_be_built_are_said(checkout):
 
 
 def test_commits_are_looked_up_in_regards_own_checkout(monkeypatch, checkout, tmp_path):
-    monkeypatch.setattr(regard, "__file__", str(checkout / "src" / "regard" / "__init__.py"))
+    monkeypatch.setattr(against, "_SOURCE", checkout / "src")
     assert commit_of("HEAD~1") == (checkout, git(checkout, "rev-parse", "HEAD~1"))
     with pytest.raises(AgainstError, match="'nothing' is no commit"):
         commit_of("nothing")
-    monkeypatch.setattr(regard, "__file__", str(tmp_path / "site-packages" / "regard" / "__init__.py"))
+    monkeypatch.setattr(against, "_SOURCE", tmp_path / "site-packages")
     with pytest.raises(AgainstError, match="no git checkout"):
         commit_of("HEAD")
 

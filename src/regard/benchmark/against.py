@@ -20,11 +20,11 @@ from typing import Any, Self
 
 import torch
 
-import regard
 from regard.benchmark.timing import Ratio, Timing, interleave
 
 __all__ = ["Against", "AgainstError", "commit_of", "worktree"]
 
+_SOURCE = Path(__file__).resolve().parents[2]  # `src` in a checkout
 _WORKER = Path(__file__).with_name("_against.py")
 _LIBRARY = Path("src/regard/_C.so")
 _KERNELS = ("src/regard/csrc", "setup.py")
@@ -40,9 +40,8 @@ def commit_of(reference: str) -> tuple[Path, str]:
     Raises:
         AgainstError: regard does not run from a checkout of its own, git is missing, or the commit is unknown.
     """
-    source = Path(regard.__file__).resolve().parents[1]
-    root = source.parent
-    if source.name != "src" or not (root / ".git").exists():
+    root = _SOURCE.parent
+    if _SOURCE.name != "src" or not (root / ".git").exists():
         raise AgainstError("regard runs from no git checkout, so there is no other commit of it")
     try:
         return root, _git(root, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
@@ -191,7 +190,7 @@ class Against:
         self._sides: list[_Side] = []
         self._folder = tempfile.TemporaryDirectory(prefix="regard-against-")
         try:
-            for place in (Path(regard.__file__).resolve().parents[1], source):
+            for place in (_SOURCE, source):
                 self._sides.append(_Side(place))
         except BaseException:
             self.close()
