@@ -49,6 +49,8 @@ class Arguments:
     out: Path = Path("regard-fidelity")
     """Folder of points, JSON and pictures. The same folder again resumes."""
     overwrite: bool = False
+    stored: bool = False
+    """Measure nothing; tables and pictures of what `--out` holds."""
     markdown: Path | None = None
     """Write the tables there."""
 
@@ -111,7 +113,7 @@ def main(arguments: Arguments) -> int:
             out=arguments.out,
             overwrite=arguments.overwrite,
         )
-        study = study_fidelity(settings)
+        study = study_fidelity(settings, stored_only=arguments.stored)
     except SettingsError as error:
         console.print(f"--{error.setting.replace('_', '-')}: {error.problem}", markup=False, soft_wrap=True)
         return 2

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from regard.benchmark import environment, error_budget, interleave
 from regard.conversion import AttentionCall
+from regard.markdown import markdown_table
 from regard.mixers import parse_mechanism
 from regard.results import write_text
 from regard.specs import Mechanism
@@ -147,7 +148,9 @@ def main(settings: Settings) -> None:
     for size in settings.sizes:
         console.print(f"{size} px: recording queries, keys and values")
         for layer, call in zip(
-            settings.layers, recorded_calls(settings.weights, photo, size, settings.layers), strict=True
+            settings.layers,
+            recorded_calls(settings.weights, photo, size, settings.layers, setting="photos"),
+            strict=True,
         ):
             if problem := gate(call):
                 raise SystemExit(f"RED: layer {layer} at {size} px: {problem}; nothing is timed")
@@ -169,11 +172,10 @@ def main(settings: Settings) -> None:
     console.print(table)
     console.print("\n".join(about))
     if settings.markdown:
-        lines = [HEAD, ["---"] * len(HEAD), *rows(findings)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        text = markdown_table(HEAD, rows(findings))
         command = shlex.join(["python", "benchmarks/multipole.py", *(Path(a).name for a in sys.argv[1:])])
         notes = "\n".join(f"- {line}" for line in about)
-        write_text(settings.markdown, f"# Multipole attention: measured\n\nMade by `{command}`.\n\n{text}\n\n{notes}\n")
+        write_text(settings.markdown, f"# Multipole attention: measured\n\nMade by `{command}`.\n\n{text}\n{notes}\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from regard.cards import Card, table
+from regard.markdown import markdown_table
 from regard.mixers import mechanisms
 from regard.results import write_text
 from regard.specs import Mechanism
@@ -92,7 +93,7 @@ def _facts(mechanism: type[Mechanism]) -> str:
     if card.official:
         licence = f", {card.licence}" if card.licence else ", without a licence"
         facts["official code"] = f"[{card.official}](https://github.com/{card.official}){licence}"
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {fact} |" for name, fact in facts.items())])
+    return markdown_table(["", ""], facts.items()).rstrip()
 
 
 def _evidence(card: Card) -> list[str]:

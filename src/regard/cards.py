@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from regard.markdown import markdown_table
+
 __all__ = ["Card", "Evidence", "table"]
 
 
@@ -98,10 +100,10 @@ def table(cards: Iterable[Card], *, pages: str | None = None) -> str:
         cards: in the order of the rows.
         pages: where the mechanisms' pages stand; each name becomes a link to `<pages>/<name>.md`.
     """
-    rows = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    rows = []
     for card in cards:
         row = [cell(card) for cell in _COLUMNS.values()]
         if pages is not None:
             row[0] = f"[{row[0]}]({pages}/{card.name}.md)"
         rows.append([text.replace("|", "\\|") for text in row])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown_table(list(_COLUMNS), rows)

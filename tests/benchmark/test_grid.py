@@ -141,6 +141,7 @@ def test_a_point_is_gated_timed_and_counted(direction):
     for one in cell.times:
         assert not one.skipped and one.repeats >= 1 and one.seconds_low <= one.seconds <= one.seconds_high
     assert cell.own.slower == 1.0
+    assert cell.backend == regard.ops.explain("knn_attention", *[torch.zeros(1, 1, 8, 8)] * 3, topk=2).backend
     tensor = 24 * 16 * 4
     forward = 2 * 24 * 16 * (24 + 4)
     # Forward: query, key, value, output. Backward: the output's gradient and three more.

@@ -1,18 +1,27 @@
 """density_peak_clusters: the official grouping, the reference on inputs of every kind, edges and bad input."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from attention_cases import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
-from regard.ops import Clusters, density_peak_clusters, merge_tokens
+from regard.ops import Clusters, density_peak_clusters, merge_tokens, only_backend
 from regard.ops.clustering import density_peaks, density_peaks_reference
+
+
+@pytest.fixture(scope="module", autouse=True, params=BACKENDS)
+def backend(request):
+    """The kernels, but for float64, or PyTorch's operations alone."""
+    with only_backend("pytorch") if request.param == "pytorch" else contextlib.nullcontext():
+        yield request.param
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -102,6 +111,39 @@ class _Largest(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 self.numbers = max(self.numbers, one.untyped_storage().nbytes() // 4)
         return result
+
+
+@pytest.mark.parametrize("neighbors", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("tokens", [1, 31, 150])
+def test_any_number_of_neighbors(tokens, neighbors):
+    assert_is_reference(lattice(2, tokens, 9, 4), [1, tokens], neighbors=neighbors)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_do_not_matter(batch):
+    """Samples are cut into parts where there are fewer than threads; each part has lists of its own."""
+    x = lattice(batch, 517, 6, 3)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(density_peak_clusters(x, [7, 40]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one.assignment, two.assignment)
+            assert torch.equal(one.centers, two.centers)
+
+
+def test_equal_tokens_are_at_no_distance(backend):
+    x = normal(1, 9, 13).repeat(1, 4, 1)
+    space = density_peaks._Space(x, None, 4)
+    squares, nearest = density_peaks._neighbors(space)
+    if backend == "cpu":  # PyTorch's products and norms are summed in different orders
+        assert torch.equal(squares, torch.zeros_like(squares))
+    assert torch.equal(nearest.sort(dim=-1).values % 9, (torch.arange(36) % 9)[None, :, None].expand(1, 36, 4))
 
 
 def test_no_square_matrix_is_ever_made(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from attention_cases import BACKENDS, HALVES
 from torch.utils.flop_counter import FlopCounterMode
 
-from regard import kmeans_clusters
+from regard import density_peak_clusters, explain, kmeans_clusters
 from regard.ops import only_backend
 from regard.ops.clustering.kmeans import spread_over_grid
 
@@ -394,3 +394,16 @@ def test_arguments_out_of_range(options, error, names) -> None:
         kmeans_clusters(**{"x": tokens(), "num_clusters": 7, **options})
     for name in names:
         assert name in str(raised.value), str(raised.value)
+
+
+def test_the_slow_path_is_told() -> None:
+    x = tokens()
+    expected = "cpu" if "cpu" in BACKENDS else "pytorch"
+    assert explain(kmeans_clusters, x, 4).backend == expected
+    assert explain(density_peak_clusters, x, 4).backend == expected
+    for operator in (kmeans_clusters, density_peak_clusters):
+        told = explain(operator, x.double(), 4)
+        assert told.backend == "pytorch"
+        assert "float64" in str(told)
+        with pytest.raises(ValueError, match="num_clusters"):
+            explain(operator, x, 1000)

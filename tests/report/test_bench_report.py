@@ -21,8 +21,9 @@ def cell(tokens: int, seconds: float, direction: str = "forward", passed: bool =
     late = BenchTime("published", skipped="about 12 s a run; --patience 14 takes it")
     times = [own, dense, rare if tokens < 4000 else late] if passed else []
     gate = "knn_attention (cpu, float32): " + ("green" if passed else "RED; output 2 of 1")
+    backend = "pytorch" if direction == "forward" and tokens > 4000 else "cpu"
     shape = ("knn", f"N {tokens:,}, k = N/16", "k = N/16", tokens, 1, 6, 64)
-    return BenchCell(*shape, "float32", direction, gate, passed, 2e9, 10_000_000, times)
+    return BenchCell(*shape, "float32", direction, gate, passed, backend, 2e9, 10_000_000, times)
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_the_table_holds_times_rates_ceilings_memory_and_peers(study):
         assert expected in text, expected
     for expected in ("80 MB", "40.0x", "fwd + bwd, float32", "gate RED", "matrix product 400 GFLOP/s, copy 20.0 GB/s"):
         assert expected in text, expected
+    assert text.count("PyTorch path") == 1
     assert "40.0-40.0" not in text  # one round has no spread
     assert "…" not in text
 

@@ -88,6 +88,15 @@ def test_what_is_on_disk_is_not_measured_again(settings, monkeypatch):
     assert run(settings()).points == first.points
 
 
+def test_what_is_on_disk_can_be_had_alone(settings, monkeypatch):
+    first = run(settings(mechanisms=settings().mechanisms[:1], layers=()))
+    assert [point.layers for point in first.points] == [None] * len(first.points)
+    monkeypatch.setattr(room, "features_of", lambda *_args, **_kwargs: pytest.fail("measured"))
+    study = study_fidelity(settings(), stored_only=True, show_progress=False)
+    assert study.points == first.points
+    assert set(study.settings["mechanisms"]) > {point.mechanism for point in study.points}
+
+
 def test_a_stopped_study_keeps_what_is_finished_and_goes_on(settings, monkeypatch):
     measure, calls = room._Job.measure, []
 

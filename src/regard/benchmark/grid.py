@@ -18,6 +18,7 @@ from regard.benchmark.memory import Job, bytes_of, measure_peaks
 from regard.benchmark.operators import entries_of
 from regard.benchmark.timing import Ratio, Timing, interleave
 from regard.benchmark.workload import FORWARD, FORWARD_BACKWARD
+from regard.ops import SlowPathWarning, explain
 from regard.results import BenchCell, BenchTime
 
 __all__ = [
@@ -130,7 +131,9 @@ class Grid:
         """Gradients are judged together with the forward: one gate an operator, size and dtype."""
         key = point.key[:3]
         if key not in self._gates:
-            self._gates[key] = point.entry.gate(point.case, tensors, len(point.entry.directions) > 1)
+            with warnings.catch_warnings():  # float64 is the measure, and slow: no news
+                warnings.filterwarnings("ignore", ".*torch.float64 is not among", SlowPathWarning)
+                self._gates[key] = point.entry.gate(point.case, tensors, len(point.entry.directions) > 1)
         return self._gates[key]
 
     def too_slow(self, point: Point, name: str) -> str:
@@ -172,6 +175,7 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
         direction=point.direction,
         gate=str(gate),
         passed=bool(gate.passed),
+        backend=_backend(point, tensors),
     )
     if not cell.passed:
         return cell
@@ -205,6 +209,13 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     if grid.against is not None:
         cell.times.append(_measure_against(point, grid, grid.against, tensors))
     return cell
+
+
+def _backend(point: Point, tensors: dict[str, Tensor]) -> str:
+    try:
+        return explain(point.entry.operator, **tensors, **point.case.options).backend
+    except (TypeError, ValueError):  # an operator of one backend need not answer
+        return ""
 
 
 def _bench_time(name: str, timing: Timing, slower: Ratio) -> BenchTime:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from regard import __version__
+from regard.conversion._progress import ProgressBar, progress_bar
 from regard.conversion._snapshot import left_as_found
 from regard.conversion.api import converted, find_attention, unwrapped
 from regard.conversion.choice import Choice
@@ -91,7 +90,7 @@ def tune(
     if measure not in MEASURES:
         raise ValueError(f"measure: unknown name {measure!r}; known: {', '.join(nearest(str(measure), MEASURES))}")
     batches = _batches(images)
-    with left_as_found(root), _bar(show_progress) as bar:
+    with left_as_found(root), progress_bar("tuning", show=show_progress) as bar:
         bar.say("looking for attention")
         places = _places(root, candidates, where, batches[0][:_EXAMPLES])
         log = _Log.open(None if file is None else Path(file), root, batches, num_prefix_tokens)
@@ -153,7 +152,7 @@ class _Search:
     batches: list[Tensor]
     places: _Places
     log: "_Log"
-    bar: "_Bar"
+    bar: ProgressBar
     num_prefix_tokens: int | None
     dense: list[Features] = field(default_factory=list)
 
@@ -326,52 +325,6 @@ class _Log:
                 "measured": [dataclasses.asdict(known) for known in self.known.values()],
             }
             write_text(self.path, to_json(content) + "\n")
-
-
-class _Bar:
-    """How far the tuning is."""
-
-    def __init__(self, progress: Progress, console: Console) -> None:
-        self._progress, self._console = progress, console
-        self._task = progress.add_task("tuning", total=None, note="")
-        self._done = 0
-
-    def start(self, total: int) -> None:
-        self._progress.update(self._task, total=total)
-
-    def remaining(self, steps: int) -> None:
-        """About so many are still to come."""
-        self._progress.update(self._task, total=self._done + steps)
-
-    def advance(self) -> None:
-        self._done += 1
-        self._progress.advance(self._task)
-
-    def say(self, note: str) -> None:
-        self._progress.update(self._task, note=note)
-
-    def tell(self, line: str) -> None:
-        """A line that stays."""
-        self._console.print(line, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[_Bar]:
-    console = Console(stderr=True, quiet=not show, highlight=False)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("about"),
-        TimeRemainingColumn(),
-        TextColumn("left; {task.fields[note]}", markup=False),
-        console=console,
-        disable=not show or not console.is_terminal,
-        transient=True,
-    )
-    with progress:
-        yield _Bar(progress, console)
 
 
 def _candidates(mechanism: Mechanism | str | Sequence[Mechanism | str]) -> list[Mechanism]:

@@ -4,6 +4,7 @@
 #include "kmeans.h"
 #include "knn.h"
 #include "multipole.h"
+#include "nearest.h"
 
 namespace regard {
 
@@ -11,6 +12,7 @@ struct Kernels {
   KmeansKernels kmeans;
   KnnKernels knn;
   MultipoleKernels multipole;
+  NearestKernels nearest;
 };
 
 const Kernels& kernels_plain();

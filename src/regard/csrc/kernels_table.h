@@ -16,12 +16,16 @@ namespace multipole {
 #include "multipole_forward.h"
 #include "multipole_backward.h"
 }  // namespace multipole
+namespace nearest {
+#include "nearest_kernels.h"
+}  // namespace nearest
 
 static const Kernels& table() {
   static const Kernels kernels{
       {kmeans::assign},
       {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
+      {nearest::scan, nearest::finish},
   };
   return kernels;
 }

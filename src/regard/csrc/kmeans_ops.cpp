@@ -25,16 +25,35 @@ void move(const KmeansProblem& p, const std::vector<Unit>& units, const float* p
     }
 }
 
-std::tuple<Tensor, Tensor> lloyd(const Tensor& x, std::optional<Tensor> mask, const Tensor& start, int64_t iterations) {
-  STD_TORCH_CHECK(x.dim() == 3 && start.dim() == 3 && start.size(0) == x.size(0) && start.size(2) == x.size(2) &&
-                      start.scalar_type() == ScalarType::Float && start.is_contiguous(),
+KmeansProblem describe(const Tensor& x, const Tensor& centroids) {
+  STD_TORCH_CHECK(centroids.dim() == 3 && centroids.size(0) == x.size(0) && centroids.size(2) == x.size(2) &&
+                      centroids.scalar_type() == ScalarType::Float && centroids.is_contiguous(),
                   "kmeans: expected x (B, N, C) and contiguous float32 centroids (B, M, C)");
   KmeansProblem p;
-  p.batch = x.size(0), p.tokens = x.size(1), p.channels = x.size(2), p.clusters = start.size(1);
+  p.x = view3(x);
+  p.batch = x.size(0), p.tokens = x.size(1), p.channels = x.size(2), p.clusters = centroids.size(1);
   STD_TORCH_CHECK(p.clusters >= 1, "kmeans: no clusters");
-  p.x.data = static_cast<char*>(x.data_ptr());
-  p.x.dtype = dtype_of(x);
-  p.x.stride[0] = x.stride(0), p.x.stride[1] = 0, p.x.stride[2] = x.stride(1), p.x.stride[3] = x.stride(2);
+  return p;
+}
+
+// The nearest centroid of each token, distances computed around the origin; of several the first.
+Tensor nearest(const Tensor& x, const Tensor& centroids) {
+  KmeansProblem p = describe(x, centroids);
+  Tensor assignment = torch::stable::new_empty(x, {p.batch, p.tokens}, ScalarType::Long);
+  if (p.batch == 0) return assignment;
+  const std::unique_ptr<float[]> origin(new float[p.batch * p.channels]());
+  p.origin = origin.get(), p.centroids = static_cast<const float*>(centroids.data_ptr());
+  p.assignment = static_cast<int64_t*>(assignment.data_ptr());
+  int64_t parts;
+  const std::vector<Unit> units = split(p.batch, 1, p.tokens, torch::stable::get_num_threads(), &parts);
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    kernels().kmeans.assign(p, units.data() + begin, end - begin, nullptr);
+  });
+  return assignment;
+}
+
+std::tuple<Tensor, Tensor> lloyd(const Tensor& x, std::optional<Tensor> mask, const Tensor& start, int64_t iterations) {
+  KmeansProblem p = describe(x, start);
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == p.batch &&
                         mask->size(1) == p.tokens,
@@ -80,6 +99,9 @@ std::tuple<Tensor, Tensor> lloyd(const Tensor& x, std::optional<Tensor> mask, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) { m.impl("kmeans_lloyd", TORCH_BOX(&lloyd)); }
+STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) { 
+  m.impl("kmeans_lloyd", TORCH_BOX(&lloyd));
+  m.impl("kmeans_nearest", TORCH_BOX(&nearest));
+}
 
 }  // namespace regard

@@ -8,6 +8,7 @@ namespace regard {
 struct MultipoleProblem : AttentionProblem {
   int64_t clusters, near, prefix;
   bool second_order;
+  float tolerance;                   // bounds what the far field may err by; infinite if it is not bounded
   const int64_t* assignment;         // contiguous (batch, key_heads, keys - prefix)
   const char* visible = nullptr;     // booleans (batch, key_heads, keys), or null
   int64_t visible_stride[3] = {0, 0, 0};

@@ -20,7 +20,7 @@ class Clusters {
  public:
   static int64_t floats(const MultipoleProblem& p, const Sizes& z) {
     return 3 * (p.clusters + 2) + z.columns * (1 + p.dim + z.value_padded) + W * z.dim_padded +
-           z.clusters_padded * (2 + z.far_dim + z.value_padded) + z.value_padded + 16 * 13;
+           z.clusters_padded * (4 + z.far_dim + z.value_padded) + z.value_padded + 16 * 15;
   }
 
   Clusters(const MultipoleProblem& p, const Sizes& z, Scratch& scratch)
@@ -28,7 +28,8 @@ class Clusters {
         order(integers(scratch, z.columns)), panels(scratch.take(z.columns * p.dim)),
         values(scratch.take(z.columns * z.value_padded)), far_panels(scratch.take(z.clusters_padded * z.far_dim)),
         far_values(scratch.take(z.clusters_padded * z.value_padded)), log_count(scratch.take(z.clusters_padded)),
-        log_spread(scratch.take(z.clusters_padded)),
+        log_spread(scratch.take(z.clusters_padded)), radius(scratch.take(z.clusters_padded)),
+        log_radius(scratch.take(z.clusters_padded)),
         problem_(p), sizes_(z), cursor_(integers(scratch, p.clusters + 2)), rows_(scratch.take(W * z.dim_padded)),
         sum_(scratch.take(z.value_padded)) {}
 
@@ -42,12 +43,14 @@ class Clusters {
       if (c < problem_.clusters && !there) some_empty = true;
       far_key(c, there);
       far_value(c, there);
+      if (problem_.tolerance < kInf) far_radius(c, there);
     }
   }
 
-  // At most so many columns are the prefix keys' and those of `near` clusters.
+  // At most so many columns are the prefix keys' and those of the clusters that a row resolves.
   int64_t most_columns() {
     const int64_t clusters = problem_.clusters;
+    if (problem_.tolerance < kInf) return begin[clusters + 1];  // a row may resolve any number
     for (int64_t c = 0; c < clusters; ++c) cursor_[c] = static_cast<int32_t>(round_up(count[c], W));
     int64_t total = round_up(count[clusters], W);
     for (int64_t i = 0; i < problem_.near; ++i) {  // the largest of the rest, swapped to place i
@@ -70,6 +73,8 @@ class Clusters {
   float* far_values;  // [clusters_padded][value_padded]
   float* log_count;   // [clusters_padded], -inf where a cluster is empty
   float* log_spread;  // [clusters_padded], of the sum of variances; finite
+  float* radius;      // [clusters_padded], largest distance of a key to the mean; only with a tolerance
+  float* log_radius;
   bool some_empty = false;
 
  private:
@@ -144,6 +149,23 @@ class Clusters {
     }
     constexpr float kSmallest = 1.175494351e-38f;  // stands for the spread of keys that are all alike: those come last
     log_spread[c] = __builtin_logf(spread > kSmallest ? spread : kSmallest);
+  }
+
+  void far_radius(int64_t c, bool there) {
+    const float* mean = far_panels + c / NR * NR * sizes_.far_dim + c % NR;
+    Vec::F most = Vec::zero();
+    const int64_t first = there ? begin[c] : 0, last = there ? first + count[c] : 0;
+    for (int64_t i = first; i < last; i += W) {
+      Vec::F square = Vec::zero();
+      for (int64_t d = 0; d < problem_.dim; ++d) {
+        const Vec::F away = Vec::sub(Vec::load(panels + i * problem_.dim + d * W), Vec::set1(mean[d * NR]));
+        square = Vec::fma(away, away, square);
+      }
+      const typename Vec::Mask here = Vec::upto(static_cast<int>(i), static_cast<int>(last - 1));
+      most = Vec::max(most, Vec::select(here, square, Vec::zero()));
+    }
+    radius[c] = __builtin_sqrtf(Vec::largest(most));
+    log_radius[c] = __builtin_logf(radius[c]);
   }
 
   // Short sums, then the sum of those: a cluster may hold all keys.

@@ -9,12 +9,14 @@ namespace {
 
 MultipoleProblem describe(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& visible,
                           const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix,
-                          double scale) {
+                          double scale, double tolerance) {
   MultipoleProblem p;
   describe(p, "multipole_attention", query, key, value, scale);
   p.clusters = clusters, p.near = near, p.prefix = prefix, p.second_order = second_order;
+  p.tolerance = static_cast<float>(tolerance);
   STD_TORCH_CHECK(0 <= prefix && prefix <= p.keys && prefix <= p.queries && 0 <= near && near <= clusters,
                   "multipole_attention: num_prefix_tokens or near out of range");
+  STD_TORCH_CHECK(tolerance >= 0.0, "multipole_attention: tolerance out of range");
   STD_TORCH_CHECK(assignment.scalar_type() == ScalarType::Long && assignment.is_contiguous() && assignment.dim() == 3 &&
                       assignment.size(0) == p.batch && assignment.size(1) == p.key_heads &&
                       assignment.size(2) == p.keys - prefix,
@@ -35,8 +37,9 @@ MultipoleProblem describe(const Tensor& query, const Tensor& key, const Tensor& 
 
 Tensor multipole_forward(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> visible,
                          const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix,
-                         double scale) {
-  MultipoleProblem p = describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale);
+                         double scale, double tolerance) {
+  MultipoleProblem p =
+      describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale, tolerance);
   Tensor output = empty_heads_last(query, p.batch, p.heads, p.queries, p.value_dim);
   p.output = view4(output);
   forward(kernels().multipole, p);
@@ -45,8 +48,10 @@ Tensor multipole_forward(const Tensor& query, const Tensor& key, const Tensor& v
 
 std::tuple<Tensor, Tensor, Tensor> multipole_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> visible,
-    const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix, double scale) {
-  const MultipoleProblem p = describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale);
+    const Tensor& assignment, int64_t clusters, int64_t near, bool second_order, int64_t prefix, double scale,
+    double tolerance) {
+  const MultipoleProblem p =
+      describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale, tolerance);
   Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
   Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
   Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);

@@ -141,7 +141,7 @@ class Rows {
 
   static int64_t floats(const MultipoleProblem& p, const Sizes& z) {
     return (kTile + 1) * z.dim_padded + 3 * kTile + kFar * z.far_dim + 2 * (kTile + 1) * (p.clusters + W) +
-           2 * (p.clusters + 2) + z.clusters_padded + W + 16 * 11;
+           2 * (p.clusters + 2) + 2 * (z.clusters_padded + W) + 16 * 12;
   }
 
   Rows(const MultipoleProblem& p, const Sizes& z, const Clusters& clusters, Scratch& scratch)
@@ -149,7 +149,8 @@ class Rows {
         rows_of(integers(scratch, (kTile + 1) * (p.clusters + W))), first_row(integers(scratch, p.clusters + 2)),
         problem_(p), sizes_(z), clusters_(clusters), resolved_(integers(scratch, kTile)),
         far_queries_(scratch.take(kFar * z.far_dim)), near_(integers(scratch, (kTile + 1) * (p.clusters + W))),
-        cursor_(integers(scratch, p.clusters + 2)), rank_(scratch.take(z.clusters_padded + W)) {}
+        cursor_(integers(scratch, p.clusters + 2)), rank_(scratch.take(z.clusters_padded + W)),
+        errors_(scratch.take(z.clusters_padded + W)) {}
 
   void load(int64_t batch, int64_t head, int64_t first, int64_t count) {
     const Tensor4& q = problem_.query;
@@ -259,12 +260,15 @@ class Rows {
       for (int64_t c = 0; room > 0; ++c)
         if (rank_[c] == tau && --room == 0) last = static_cast<int32_t>(c);
     }
+    const bool bounded = p.tolerance < kInf && !stats.broken;
+    const float most_error = bounded ? least_error_to_resolve(r, s, tau, last) : kInf;
     float unused[2 * W];
     const Vec::F threshold = Vec::set1(tau);
     Vec::F most = Vec::set1(-kInf);
     for (int64_t c = 0; c < n; c += W) {
       const Vec::F x = Vec::load(s + c), rank = Vec::load(rank_ + c);
-      const typename Vec::Mask in = last < n ? kept_lanes(rank, threshold, c, last) : Vec::ge(rank, threshold);
+      typename Vec::Mask in = chosen(rank, threshold, c, last);
+      if (most_error < kInf) in = Vec::either(in, Vec::ge(Vec::load(errors_ + c), Vec::set1(most_error)));
       if (Vec::bits(in)) found += Vec::compress(unused, near + found, rank, static_cast<int>(c), in);
       const Vec::F far = Vec::select(in, Vec::set1(-kInf), x);
       most = Vec::max(most, far);
@@ -274,6 +278,58 @@ class Rows {
     largest[r] = broken[r] ? -kInf : Vec::largest(most);
   }
 
+  typename Vec::Mask chosen(Vec::F rank, Vec::F threshold, int64_t c, int32_t last) const {
+    return last < sizes_.clusters_padded ? kept_lanes(rank, threshold, c, last) : Vec::ge(rank, threshold);
+  }
+
+  // With a tolerance: a cluster of mass m errs by at most m min(1, x) exp(x), where x = |q| radius. Fills errors_ in some
+  // unit, zero for clusters chosen by rank. Those that reach what is returned must not stay far.
+  float least_error_to_resolve(int64_t r, const float* s, float tau, int32_t last) {
+    const int64_t n = sizes_.clusters_padded;
+    const float* row = queries + r * sizes_.dim_padded;
+    const float norm = __builtin_sqrtf(dot(row, row, sizes_.dim_padded));
+    const Vec::F reach = Vec::set1(norm), log_norm = Vec::set1(__builtin_logf(norm)), none = Vec::set1(-kInf);
+    Vec::F top = none, worst = none;
+    for (int64_t c = 0; c < n; c += W) {
+      const Vec::F x = Vec::load(s + c), far = Vec::fma(reach, Vec::load(clusters_.radius + c), x);
+      const Vec::F error = Vec::add(far, Vec::min(Vec::add(log_norm, Vec::load(clusters_.log_radius + c)), Vec::zero()));
+      const Vec::F here = Vec::select(chosen(Vec::load(rank_ + c), Vec::set1(tau), c, last), none, error);
+      Vec::store(errors_ + c, here);
+      top = Vec::max(top, x), worst = Vec::max(worst, here);
+    }
+    const float largest_mass = Vec::largest(top), largest_error = Vec::largest(worst);
+    if (!(largest_error > -kInf)) return kInf;
+    Vec::F masses = Vec::zero();
+    for (int64_t c = 0; c < n; c += W) {
+      const Vec::F x = Vec::load(s + c), error = Vec::load(errors_ + c);
+      const Vec::F mass = exp_nonpositive(Vec::sub(x, Vec::set1(largest_mass)));
+      masses = Vec::add(masses, Vec::select(Vec::ge(x, Vec::set1(kLowest)), mass, Vec::zero()));
+      const Vec::F part = exp_nonpositive(Vec::sub(error, Vec::set1(largest_error)));
+      Vec::store(errors_ + c, Vec::select(Vec::ge(error, Vec::set1(kLowest)), part, Vec::zero()));
+    }
+    const float room = problem_.tolerance * Vec::sum(masses) * __builtin_expf(largest_mass - largest_error);
+    const auto sum_upto = [&](float most) {
+      Vec::F sum = Vec::zero();
+      for (int64_t c = 0; c < n; c += W) {
+        const Vec::F error = Vec::load(errors_ + c);
+        sum = Vec::add(sum, Vec::select(Vec::ge(Vec::set1(most), error), error, Vec::zero()));
+      }
+      return Vec::sum(sum);
+    };
+    if (sum_upto(1.0f) <= room) return kInf;
+    // Between errors that may all stay (those up to `low`) and one that may not: halved until they are neighbours.
+    uint32_t low = 0, high = 0x3f800000u;
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      float most;
+      __builtin_memcpy(&most, &middle, sizeof most);
+      (sum_upto(most) <= room ? low : high) = middle;
+    }
+    float least;
+    __builtin_memcpy(&least, &high, sizeof least);
+    return least;
+  }
+
   const MultipoleProblem& problem_;
   const Sizes& sizes_;
   const Clusters& clusters_;
@@ -281,4 +337,5 @@ class Rows {
   float* far_queries_;
   int32_t *near_, *cursor_;
   float* rank_;
+  float* errors_;
 };

@@ -38,6 +38,16 @@ inline Tensor4 view4(const Tensor& t) {
   return out;
 }
 
+// (B, N, C) as tokens of one head.
+inline Tensor4 view3(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 3, "expected a tensor of rank 3");
+  Tensor4 out;
+  out.data = static_cast<char*>(t.data_ptr());
+  out.dtype = dtype_of(t);
+  out.stride[0] = t.stride(0), out.stride[1] = 0, out.stride[2] = t.stride(1), out.stride[3] = t.stride(2);
+  return out;
+}
+
 // (B, H, N, D) laid out as (B, N, H, D), so that joining the heads afterwards is a view.
 inline Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
   return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, dim}), 1, 2);

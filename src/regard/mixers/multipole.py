@@ -1,7 +1,7 @@
 """Multipole attention: near clusters key by key, far clusters as one weighted key each."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ CARD = Card(
             "a cluster for each key equals dense attention",
             "no cluster near and equal keys within each cluster equals dense attention",
             "prefix queries attend densely, prefix keys are always near",
+            "tolerance=0 equals dense attention, and the bound of any other tolerance holds for any input",
         ),
         trained="`regard compare` trains it beside dense attention on real images, with several seeds",
     ),
@@ -81,6 +82,7 @@ def _attend(
         near=near,
         far=mechanism.far,
         iterations=mechanism.iterations,
+        tolerance=mechanism.tolerance,
         attn_mask=attn_mask,
         num_prefix_tokens=num_prefix_tokens,
         grid_size=grid_size,
@@ -99,9 +101,10 @@ class Multipole(Mechanism):
     near: int | float = 0.1
     far: str = "centroid"
     iterations: int = 2
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        check_clusters(self.num_clusters, self.near, self.far, self.iterations)
+        check_clusters(self.num_clusters, self.near, self.far, self.iterations, self.tolerance)
 
     def counts(self, cells: int) -> tuple[int, int]:
         """How many clusters so many keys have, and how many of them are near: at most one a key, and at most all."""
@@ -112,17 +115,15 @@ class Multipole(Mechanism):
         return _attend(query, key, value, self, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return MultipoleAttention.bind(
-            num_clusters=self.num_clusters, near=self.near, far=self.far, iterations=self.iterations, **options
-        )
+        return MultipoleAttention.bind(**{one.name: getattr(self, one.name) for one in fields(self)}, **options)
 
 
 class MultipoleAttention(AttentionMixer):
     """Multipole attention. The state_dict equals dense attention's.
 
     Args:
-        num_clusters, near, far, iterations: as in regard.multipole_attention; with fewer keys than `num_clusters`
-            each key is a cluster.
+        num_clusters, near, far, iterations, tolerance: as in regard.multipole_attention; with fewer keys than
+            `num_clusters` each key is a cluster.
         The rest is as in AttentionMixer.
 
     Raises:
@@ -139,9 +140,10 @@ class MultipoleAttention(AttentionMixer):
         near: int | float = Multipole.near,
         far: str = Multipole.far,
         iterations: int = Multipole.iterations,
+        tolerance: float | None = Multipole.tolerance,
         **kwargs: Any,
     ) -> None:
-        mechanism = Multipole(num_clusters, near, far, iterations)
+        mechanism = Multipole(num_clusters, near, far, iterations, tolerance)
         super().__init__(dim, num_heads, *args, **kwargs)
         self.mechanism = mechanism
 

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from regard.markdown import markdown_table
 from regard.report import wording
 from regard.report.fidelity import write_png
 from regard.report.style import PAPER, Styles, looks_of, new_figure, quiet, token_axes
@@ -47,8 +48,10 @@ def bench_markdown(study: BenchStudy) -> str:
     for operator in _operators(study):
         cells = [cell for cell in study.cells if cell.operator == operator]
         heads, rows = _rows(cells, study)
-        lines += [f"## {operator}", "", _line([head.replace("\n", " ") for head in heads]), _line(["---"] * len(heads))]
-        lines += [_line([", ".join(filter(None, lines)) for lines in row]) for row in rows]
+        table = markdown_table(
+            [one.replace("\n", " ") for one in heads], [[", ".join(cell) for cell in row] for row in rows]
+        )
+        lines += [f"## {operator}", "", table.rstrip()]
         lines += ["", *(f"- {line}" for line in (*_growth_lines(study.growth, operator), *_skipped_lines(cells))), ""]
     return "\n".join([*lines, *(f"- {line}" for line in about(study))]).strip() + "\n"
 
@@ -94,7 +97,7 @@ def _rows(cells: Sequence[BenchCell], study: BenchStudy) -> tuple[list[str], lis
     for cell in cells:
         size = f"N {cell.tokens:,}" + (f", B {cell.batch}" if cell.batch > 1 else "")
         run = f"{_SHORT.get(cell.direction, cell.direction)}, {cell.dtype}"
-        row = [[size, *filter(None, [cell.series]), run]]
+        row = [[size, *filter(None, [cell.series]), run, *(["PyTorch path"] if cell.backend == "pytorch" else [])]]
         own = cell.own
         if own is None:
             rows.append([*row, ["gate RED"], *([[wording.MISSING]] * (2 + len(measured)))])
@@ -163,10 +166,6 @@ def _skipped_lines(cells: Sequence[BenchCell]) -> list[str]:
         f"{name} left out: {reason} ({wheres[0] if len(wheres) == 1 else f'{len(wheres)} sizes'})"
         for (name, reason), wheres in found.items()
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def bench_figure(study: BenchStudy) -> Figure | None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
+from regard.markdown import markdown_table
 from regard.report.picture import raster
 from regard.report.style import INK, MUTED, PAPER, Look, new_figure, quiet
 from regard.results import Fidelity, FidelityPoint, FidelityStudy, PictureFidelity, Spread
@@ -34,7 +35,7 @@ _HEAD = (
 
 def fidelity_table(study: FidelityStudy, size: int) -> str:
     """Markdown: a row for each mechanism, in the order asked; the mean over photographs, then the worst one of them."""
-    rows = [list(_HEAD), ["---"] * len(_HEAD)]
+    rows = []
     for mechanism in study.settings["mechanisms"]:
         points = _points(study, mechanism, size)
         if not points:
@@ -54,7 +55,7 @@ def fidelity_table(study: FidelityStudy, size: int) -> str:
                 "" if prefix is None else _least(prefix),
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown_table(_HEAD, rows)
 
 
 def layer_table(study: FidelityStudy, mechanisms: Sequence[str], size: int) -> str:
@@ -63,11 +64,11 @@ def layer_table(study: FidelityStudy, mechanisms: Sequence[str], size: int) -> s
     if not columns:
         return ""
     depth = len(next(iter(columns.values())))
-    rows = [["layer", *(f"`{one}`" for one in columns)], ["---"] * (1 + len(columns))]
+    rows = []
     for layer in range(depth):
         cells = [f"{statistics.fmean(heads[layer]):.4f} ({min(heads[layer]):.4f})" for heads in columns.values()]
         rows.append([str(layer), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown_table(["layer", *(f"`{one}`" for one in columns)], rows)
 
 
 def fidelity_over_share(study: FidelityStudy, size: int, *, goals: tuple[float, float] | None = None) -> Figure | None:

@@ -9,12 +9,13 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from regard.markdown import markdown_table
 from regard.report import wording
 from regard.report.labels import labelled
 from regard.report.summary import DIRECTIONS, Summary, baseline_of, largest_size, summarise
 from regard.results import Comparison
 
-__all__ = ["Cell", "Column", "Table", "operator_table", "rich_table", "summary_table", "terminal_table"]
+__all__ = ["Cell", "Column", "Table", "markdown", "operator_table", "rich_table", "summary_table", "terminal_table"]
 
 
 _NAME_WIDTH = 15
@@ -140,6 +141,16 @@ def terminal_table(comparison: Comparison) -> Group:
         sizes = (min(point.tokens for point in comparison.costs), largest_size(comparison.costs))
         parts.append(rich_table(operator_table(comparison, sizes=sizes), title="The operator alone"))
     return Group(*parts)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown; a cell's second line follows in brackets, and columns lose their groups."""
+
+    def text(first: str, note: str) -> str:
+        return f"{first} ({note})" if note else first
+
+    heading = [text(column.heading, column.note) for column in table.columns]
+    return markdown_table(heading, [[text(cell.text, cell.note) for cell in row] for row in table.rows])
 
 
 def rich_table(table: Table, title: str | None = None) -> RichTable:

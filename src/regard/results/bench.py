@@ -48,6 +48,7 @@ class BenchCell:
         direction: "forward" or "forward+backward".
         gate: what the correctness gate said.
         passed: whether it is green; without it nothing was timed.
+        backend: of the operator, that takes the call; empty if it does not tell.
         flops: useful operations of one run of the operator. bytes: of its inputs, outputs and gradients, each once.
         times: the operator's first, then the peers'.
     """
@@ -63,6 +64,7 @@ class BenchCell:
     direction: str
     gate: str
     passed: bool
+    backend: str = ""
     flops: float = math.nan
     bytes: int = 0
     times: list[BenchTime] = field(default_factory=list)

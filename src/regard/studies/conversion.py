@@ -34,7 +34,7 @@ from regard.studies.photographs import choose_photographs, installed_photographs
 from regard.studies.pretrained import build_pretrained, copy_sharing_weights, model_size, read_picture
 from regard.studies.settings import ConvertSettings, SettingsError
 
-__all__ = ["DEFAULT_CONVERSION", "prepare_forward", "study_conversion"]
+__all__ = ["DEFAULT_CONVERSION", "conversion_command", "prepare_forward", "study_conversion"]
 
 DEFAULT_CONVERSION = "multipole"
 TUNED = "tuned"
@@ -147,7 +147,7 @@ class _Job:
             environment=environment(self.settings.device),
             models=found,
             tuning=tuning,
-            command=_command(self.settings),
+            command=conversion_command(self.settings),
         )
         self._look(study)
         study.notes = self.notes
@@ -358,7 +358,7 @@ def _setting_of_errors(setting: str, *kinds: type[Exception]) -> Any:
         raise SettingsError(setting, " ".join(str(error).split())[:400]) from error
 
 
-def _command(settings: ConvertSettings) -> str:
+def conversion_command(settings: ConvertSettings) -> str:
     """The command that repeats the study; folders and files by their last names."""
     words = ["regard", "convert", settings.model]
     for one in dataclasses.fields(settings):

@@ -4,26 +4,24 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from regard.benchmark import environment
 from regard.conversion import AttentionCall, features_of, head_fidelity, picture_fidelity, record_attention
+from regard.conversion._progress import progress_bar
 from regard.results import FidelityPoint, FidelityStudy, write_text
 from regard.specs import Mechanism, parse
 from regard.studies.fidelity_store import DenseFeatures, FidelityStore, digest
 from regard.studies.near import near_share
-from regard.studies.photographs import choose_photographs, open_photograph
+from regard.studies.photographs import choose_photographs
+from regard.studies.pretrained import read_picture
 from regard.studies.settings import SettingsError
 
 __all__ = [
@@ -43,6 +41,7 @@ DEFAULT_FIDELITY_MECHANISMS = (
         for far in ("centroid", "gaussian")
     ),
     "multipole",
+    "multipole(iterations=0)",
 )
 DEFAULT_FIDELITY_LAYERS = (
     "knn(topk=0.125)",
@@ -103,11 +102,18 @@ class FidelitySettings:
             raise SettingsError("photos_count", f"expected a whole number of at least 1, got {self.photos_count!r}")
 
 
-def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) -> FidelityStudy:
+def study_fidelity(
+    settings: FidelitySettings, *, stored_only: bool = False, show_progress: bool = True
+) -> FidelityStudy:
     """Run the study: dense features of every photograph and size once, then every mechanism on it.
 
     Every finished point is on disk at once; the same `out` again resumes. All mechanisms of one photograph come before
     the next photograph, so a study stopped early holds points that compare.
+
+    Args:
+        settings: what to measure.
+        stored_only: measure nothing; the study is what `out` holds of it.
+        show_progress: a bar and a line for each point, on standard error.
 
     Returns:
         All points, also those found on disk; also in `out`/fidelity.json.
@@ -120,19 +126,19 @@ def study_fidelity(settings: FidelitySettings, *, show_progress: bool = True) ->
     """
     job = _Job(settings)
     study = FidelityStudy(job.shown_settings(), environment(settings.device), command=_command(settings))
-    found = {} if settings.overwrite else dict(job.stored())
-    todo = [key for key in job.questions() if key not in found]
-    with _bars(show_progress) as (bars, console):
-        task = bars.add_task("fidelity", total=len(found) + len(todo), completed=len(found), note="")
+    found = {} if settings.overwrite else dict(job.stored(whole=not stored_only))
+    todo = [] if stored_only else [key for key in job.questions() if key not in found]
+    with progress_bar("fidelity", show=show_progress) as bar:
+        bar.start(len(found) + len(todo), done=len(found))
         try:
             for mechanism, size, photo in todo:
-                bars.update(task, note=f"{photo.stem} at {size} px: {mechanism}")
+                bar.say(f"{photo.stem} at {size} px: {mechanism}")
                 point = job.measure(mechanism, size, photo)
                 found[mechanism, size, photo] = point
-                bars.advance(task)
+                bar.advance()
                 line = f"{point.photo}, {size} px, {mechanism}: {point.fidelity.cosine:.4f} "
                 line += f"raw, {point.fidelity.centred_cosine:.4f} centred, {point.seconds:.1f} s"
-                console.print(line, markup=False, soft_wrap=True)
+                bar.tell(line)
         except KeyboardInterrupt:
             study.interrupted = True
     study.points = [found[key] for key in job.questions() if key in found]
@@ -225,11 +231,14 @@ class _Job:
                 for mechanism in self.mechanisms:
                     yield mechanism, size, photo
 
-    def stored(self) -> Iterator[tuple[_Key, FidelityPoint]]:
-        """The points on disk. Raises SettingsError if one is of other weights or another photograph."""
+    def stored(self, *, whole: bool = True) -> Iterator[tuple[_Key, FidelityPoint]]:
+        """The points on disk; if `whole`, those without the layers that are asked for do not count.
+
+        Raises SettingsError if one is of other weights or another photograph.
+        """
         for mechanism, size, photo in self.questions():
             point = self.store.load(mechanism, size, photo)
-            if point is not None and (point.layers is not None or mechanism not in self.by_layer):
+            if point is not None and (not whole or point.layers is not None or mechanism not in self.by_layer):
                 yield (mechanism, size, photo), point
 
     def measure(self, mechanism: Mechanism, size: int, photo: Path) -> FidelityPoint:
@@ -250,12 +259,7 @@ class _Job:
         return point
 
     def _image(self, size: int, photo: Path) -> Tensor:
-        config = resolve_model_data_config(self.dense)
-        transform = create_transform(
-            (3, size, size), interpolation="bicubic", mean=config["mean"], std=config["std"], crop_pct=1.0
-        )
-        image: Tensor = transform(open_photograph(photo))
-        return image[None].to(self.settings.device)
+        return read_picture(self.dense, photo, size, setting="photos").to(self.settings.device)
 
     def _dense_features(self, size: int, photo: Path) -> DenseFeatures:
         if self._dense is None or self._dense[0] != (size, photo):
@@ -299,26 +303,6 @@ class _Job:
             "patch_size": self._patch,
             "num_prefix_tokens": self.prefix,
         }
-
-
-@contextmanager
-def _bars(show: bool) -> Iterator[tuple[Progress, Console]]:
-    """One bar on a terminal; elsewhere the lines of finished points alone. On standard error."""
-    console = Console(stderr=True, quiet=not show, highlight=False)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("about"),
-        TimeRemainingColumn(),
-        TextColumn("left; {task.fields[note]}", markup=False),
-        console=console,
-        disable=not show or not console.is_terminal,
-        transient=True,
-    )
-    with bars:
-        yield bars, console
 
 
 def _command(settings: FidelitySettings) -> str:

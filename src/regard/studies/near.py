@@ -1,6 +1,7 @@
 """Which share of the keys a query sees one by one, under each mechanism."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from functools import singledispatch
@@ -55,11 +56,22 @@ def _(mechanism: KNN, call: AttentionCall, prefix: int, grid_size: tuple[int, ..
 def _(mechanism: Multipole, call: AttentionCall, prefix: int, grid_size: tuple[int, ...]) -> float | None:
     keys = call.key.shape[-2]
     clusters, near = mechanism.counts(keys - prefix)
-    if near == 0:
+    if near == 0 and mechanism.tolerance is None:
         return prefix / keys
     scale = call.options.get("scale") or call.query.shape[-1] ** -0.5
+    tolerance = math.inf if mechanism.tolerance is None else mechanism.tolerance
     bound = MultipoleCall(
-        call.query, call.key, call.value, None, None, clusters, near, mechanism.far == "gaussian", prefix, scale
+        call.query,
+        call.key,
+        call.value,
+        None,
+        None,
+        clusters,
+        near,
+        mechanism.far == "gaussian",
+        prefix,
+        scale,
+        tolerance,
     )
     assignment = clusters_of_keys(bound, mechanism.iterations, grid_size)
     bound = dataclasses.replace(bound, assignment=assignment)

@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import math
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from regard.benchmark import environment, measure_ceilings
@@ -19,11 +17,11 @@ from regard.benchmark.against import Against, AgainstError, commit_of, worktree
 from regard.benchmark.entry import Case
 from regard.benchmark.grid import OWN, Grid, Point, expected_seconds, measure_memory, measure_point, points_of
 from regard.benchmark.operators import entries_of
+from regard.conversion._progress import ProgressBar, progress_bar
 from regard.report.bench import write_bench_report
 from regard.results import BenchCell, BenchStudy, Ceiling, growth_of, write_text
 from regard.studies.devices import check_device
 from regard.studies.photographs import installed_photographs
-from regard.studies.progress import duration
 from regard.studies.settings import BenchSettings, SettingsError
 
 __all__ = ["JSON_NAME", "planned", "study_operators"]
@@ -77,8 +75,8 @@ def study_operators(settings: BenchSettings, *, show_progress: bool = True) -> B
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
-        job = _Job(settings, points, Console(stderr=True, quiet=not show_progress, highlight=False))
-        return job.run()
+        with progress_bar("bench", show=show_progress) as bar:
+            return _Job(settings, points, bar).run()
     finally:
         torch.set_num_threads(before)
 
@@ -104,20 +102,20 @@ class _Job:
 
     settings: BenchSettings
     points: list[Point]
-    console: Console
+    bar: ProgressBar
     study: BenchStudy = field(init=False)
-    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         settings = self.settings
         shown = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
         self.study = BenchStudy(shown, environment(settings.device), command=_command(settings))
-        self.inputs = _recorded_inputs(settings) if settings.weights is not None else lambda name, case: None
+        self.inputs = _recorded_inputs(settings)
         settings.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> BenchStudy:
         study = self.study
         self._resume()
+        self.bar.start(len(self.points), done=len(study.cells))
         try:
             with self._against() as against:
                 self._ceilings()
@@ -145,23 +143,19 @@ class _Job:
                     if not one.skipped:
                         grid.remember(point, one.name, one.seconds)
                 continue
-            self._say(f"{point} ...", end="\r" if self.console.is_terminal else "\n")
+            self.bar.say(str(point))
             cell = measure_point(point, grid)
             self.study.cells.append(cell)
             self._save(interrupted=True)
-            self._say(f"[{len(self.study.cells)}/{len(self.points)}] {point}: {_told(cell)}{self._left()}")
+            self.bar.advance()
+            self.bar.tell(f"[{len(self.study.cells)}/{len(self.points)}] {point}: {_told(cell)}")
         if not self.settings.no_memory:
             mine = [cell for cell in self.study.cells if cell.operator == points[0].entry.name]
             missing = [cell for cell in mine if cell.passed and all(one.peak_memory is None for one in cell.times)]
             if missing:
-                self._say(f"{points[0].entry.name}: peak memory, in processes of its own")
+                self.bar.say(f"{points[0].entry.name}: peak memory, in processes of its own")
                 measure_memory(missing, points, self.settings.device, _MEMORY_SECONDS)
                 self._save(interrupted=True)
-
-    def _left(self) -> str:
-        done, left = len(self.study.cells), len(self.points) - len(self.study.cells)
-        seconds = (time.monotonic() - self.started) / max(1, done - self.resumed) * left
-        return f"; about {duration(seconds)} left" if left else ""
 
     def _ceilings(self) -> None:
         """What the machine reaches at best, before and after: the better counts."""
@@ -183,7 +177,7 @@ class _Job:
         root, commit = _commit(self.settings.against)
         try:
             with (
-                worktree(root, commit, self._say) as tree,
+                worktree(root, commit, self.bar.tell) as tree,
                 Against(tree / "src", f"at {self.settings.against}") as against,
             ):
                 yield against
@@ -192,14 +186,13 @@ class _Job:
 
     def _resume(self) -> None:
         """Take over the points of a job that was stopped, if it was the same."""
-        self.resumed = 0
         path = self.settings.out / JSON_NAME
         try:
             stopped = BenchStudy.from_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            self._say(f"{path} cannot be read ({error}); measuring anew")
+            self.bar.tell(f"{path} cannot be read ({error}); measuring anew")
             return
         if not stopped.interrupted or stopped.settings != self.study.settings:
             return
@@ -207,13 +200,12 @@ class _Job:
         changed = [name for name in _SAME if getattr(stopped.environment, name) != getattr(here, name)]
         if changed or here.commit.endswith("-dirty"):
             reason = f"another {changed[0].replace('_', ' ')}" if changed else "changes that no commit names"
-            self._say(f"{path} was stopped, but this is {reason}; measuring anew")
+            self.bar.tell(f"{path} was stopped, but this is {reason}; measuring anew")
             return
         asked = {point.key for point in self.points}
         self.study.cells = [cell for cell in stopped.cells if cell.key in asked]
         self.study.ceilings = stopped.ceilings
-        self.resumed = len(self.study.cells)
-        self._say(f"{path}: {self.resumed} of {len(self.points)} points are there")
+        self.bar.tell(f"{path}: {len(self.study.cells)} of {len(self.points)} points are there")
 
     def _sort(self) -> None:
         order = {point.key: place for place, point in enumerate(self.points)}
@@ -223,9 +215,6 @@ class _Job:
         """On disk a job that is not finished is one that was stopped."""
         told = dataclasses.replace(self.study, interrupted=self.study.interrupted or interrupted)
         write_text(self.settings.out / JSON_NAME, told.to_json() + "\n")
-
-    def _say(self, text: str, end: str = "\n") -> None:
-        self.console.print(text, markup=False, soft_wrap=True, end=end)
 
 
 def _told(cell: BenchCell) -> str:
@@ -240,8 +229,8 @@ def _recorded_inputs(settings: BenchSettings) -> Callable[[str, Case], dict[str,
     from regard.studies.recorded import PATCH, recorded_calls
 
     weights = settings.weights
-    if weights is None or not weights.is_file():
-        raise SettingsError("weights", f"{weights} is no file")
+    if weights is None:
+        return lambda name, case: None
     photo = settings.photo or installed_photographs()[0]
     recorded: dict[int, dict[str, Tensor]] = {}
 
@@ -257,10 +246,8 @@ def _recorded_inputs(settings: BenchSettings) -> Callable[[str, Case], dict[str,
 
     try:
         inputs("multipole", Case(17))
-    except SettingsError:
-        raise
-    except Exception as error:  # of many kinds: safetensors', torch's, the system's
-        raise SettingsError("weights", f"{weights}: {str(error).splitlines()[0]}") from error
+    except SettingsError as error:
+        raise SettingsError("weights" if error.setting == "checkpoint" else error.setting, error.problem) from error
     return inputs
 
 

@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["CompareProgress", "duration"]
+__all__ = ["CompareProgress"]
 
 
 class CompareProgress:
@@ -86,11 +86,10 @@ class CompareProgress:
         note = f"{self._runs_done} of {self._runs} runs"
         if self._epochs_done:
             seconds = (time.monotonic() - self._started) / self._epochs_done * left + self._cost_seconds
-            note += f", about {duration(seconds)} left"
+            note += f", about {_clock(seconds)} left"
         self._bars.update(self._all, completed=done, note=note)
 
 
-def duration(seconds: float) -> str:
-    """`2 min 05 s` or `43 s`."""
+def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

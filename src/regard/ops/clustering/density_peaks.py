@@ -10,6 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops._arguments import DTYPES, autocast_off
 from regard.ops._counts import check_count
+from regard.ops._dispatch import Operator
+from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 
 __all__ = ["Clusters", "check_tokens", "density_peak_clusters"]
 
@@ -71,8 +73,16 @@ def density_peak_clusters(
         ValueError: x is not (B, N, C), C is 0, num_clusters is not within 1 ... N, neighbors is below 1, or the mask's
             shape is another.
     """
+    call = _bind(x, num_clusters, neighbors=neighbors, mask=mask)
+    counts = call.arguments[1]
+    assignments, centers = _OPERATOR.run(call)
+    found = tuple(Clusters(one, centers[:, :count]) for one, count in zip(assignments.unbind(0), counts, strict=True))
+    return found if isinstance(num_clusters, Sequence) else found[0]
+
+
+def _bind(x: Tensor, num_clusters: int | Sequence[int], *, neighbors: int = 5, mask: Tensor | None = None) -> Grouping:
+    """Raises as density_peak_clusters says."""
     check_tokens(x)
-    several = isinstance(num_clusters, Sequence)
     counts = list(num_clusters) if isinstance(num_clusters, Sequence) else [num_clusters]
     if not counts:
         raise ValueError("num_clusters: expected at least one count, got an empty sequence")
@@ -83,9 +93,10 @@ def density_peak_clusters(
     check_count("neighbors", neighbors)
     if mask is not None:
         _check_mask(mask, x)
-    assignments, centers = torch.ops.regard.density_peak_clusters(x.detach(), counts, neighbors, mask)
-    found = tuple(Clusters(one, centers[:, :count]) for one, count in zip(assignments.unbind(0), counts, strict=True))
-    return found if several else found[0]
+    return Grouping(torch.ops.regard.density_peak_clusters, (x.detach(), counts, neighbors, mask))
+
+
+_OPERATOR = Operator("density_peak_clusters", _bind, BACKENDS)
 
 
 def check_tokens(x: Tensor) -> None:
@@ -137,10 +148,10 @@ def _flops(x: tuple[int, ...], num_clusters: list[int], *rest: object, **kwargs:
 def _streamed(x: Tensor, num_clusters: list[int], neighbors: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, tokens, channels = x.shape
     assignments, centers = _fake(x, num_clusters, neighbors, mask)
-    # A few samples at a time, so that the copies of them stay in the cache, too.
-    step = max(1, _room(x) // (tokens * (tokens + 4 * channels)))
+    # A few samples at a time, so that the copies of them stay in the cache, too; kernels spread them over threads.
+    step = batch if has_kernels(x) else max(1, _room(x) // (tokens * (tokens + 4 * channels)))
     with torch.no_grad(), autocast_off(x.device.type):
-        for start in range(0, batch, step):
+        for start in range(0, batch, max(1, step)):
             part = slice(start, start + step)
             space = _Space(x[part], None if mask is None else mask[part], min(neighbors, tokens))
             centers[part] = _centers(space)[:, : max(num_clusters)]
@@ -187,6 +198,8 @@ class _Space:
         self.columns[..., :channels] = x
         self.columns[..., channels] = self.norms.masked_fill(~self.part, math.inf)
         self.padded[:, tokens:, channels] = math.inf
+        self.tokens = self.columns[..., :channels]
+        self.kernels = has_kernels(x)
         self._room = _room(x)
         self._buffer = x.new_empty(0)
 
@@ -220,11 +233,20 @@ def _centers(space: _Space) -> Tensor:
     return score.masked_fill(~space.part, -math.inf).sort(dim=-1, descending=True, stable=True).indices
 
 
+# Each pairwise product once, in the C++ kernel. `part`: the tokens that are others' neighbours.
+torch.library.define(
+    "regard::nearest_tokens", "(Tensor x, Tensor part, int neighbors) -> (Tensor squares, Tensor nearest)"
+)
+_MOST_NEIGHBORS = 64  # of the kernel: it keeps sorted lists
+
+
 def _neighbors(space: _Space) -> tuple[Tensor, Tensor]:
     """The smallest squared distances of each token, itself among them, and to whom: (B, N, neighbors) each.
 
     In no particular order; infinite where a token has fewer neighbours.
     """
+    if space.kernels and 2 <= space.neighbors <= _MOST_NEIGHBORS:
+        return torch.ops.regard.nearest_tokens(space.tokens, space.part, space.neighbors)
     batch, tokens, _ = space.rows.shape
     count, groups, size = space.neighbors, space.groups, space.group_size
     squares = space.norms.new_empty(batch, tokens, count)
@@ -282,12 +304,23 @@ def _nearest_denser(space: _Space, mean: Tensor, squares: Tensor, nearest: Tenso
 
 def _assign(space: _Space, centers: Tensor, num_clusters: list[int], assignments: Tensor) -> None:
     """Write the nearest of the first M centres, for each count M, into (counts, B, N)."""
-    batch, tokens = space.part.shape
+    _join_nearest(space, centers, num_clusters, assignments)
+    for assignment, count in zip(assignments, num_clusters, strict=True):
+        assignment.masked_fill_(~space.part, 0)
+        own = torch.arange(count, device=centers.device).expand(centers.shape[0], -1)
+        assignment.scatter_(1, centers[:, :count], own)
+
+
+def _join_nearest(space: _Space, centers: Tensor, num_clusters: list[int], assignments: Tensor) -> None:
+    tokens = space.part.shape[1]
+    if space.kernels:
+        channels = space.tokens.shape[-1]
+        for assignment, count in zip(assignments, num_clusters, strict=True):
+            chosen = space.tokens.gather(1, centers[:, :count, None].expand(-1, -1, channels))
+            assignment.copy_(torch.ops.regard.kmeans_nearest(space.tokens, chosen))
+        return
     columns = space.columns.gather(1, centers[..., None].expand(-1, -1, space.columns.shape[-1])).mT
     for samples, rows in space.blocks(tokens, centers.shape[1]):
         tile = space.product(space.rows[samples, rows], columns[samples])
         for assignment, count in zip(assignments, num_clusters, strict=True):
             assignment[samples, rows] = tile[..., :count].argmin(-1)
-    for assignment, count in zip(assignments, num_clusters, strict=True):
-        assignment.masked_fill_(~space.part, 0)
-        assignment.scatter_(1, centers[:, :count], torch.arange(count, device=centers.device).expand(batch, -1))

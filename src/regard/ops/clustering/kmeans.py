@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
 from regard.ops._arguments import autocast_off
 from regard.ops._counts import check_count
-from regard.ops._dispatch import allows
+from regard.ops._dispatch import Operator
 from regard.ops._selection import raised
+from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 from regard.ops.clustering.sums import cluster_sums
 
 __all__ = ["KMeansClusters", "kmeans_clusters", "spread_over_grid"]
@@ -62,6 +62,19 @@ def kmeans_clusters(
         TypeError: x is no floating tensor; num_clusters or iterations is no int; mask is not boolean.
         ValueError: num_clusters or iterations out of range, grid_size or mask does not fit.
     """
+    call = _bind(x, num_clusters, iterations=iterations, grid_size=grid_size, mask=mask)
+    return KMeansClusters(*_OPERATOR.run(call))
+
+
+def _bind(
+    x: Tensor,
+    num_clusters: int,
+    *,
+    iterations: int = 2,
+    grid_size: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+) -> Grouping:
+    """Raises as kmeans_clusters says."""
     _check(x, num_clusters, iterations, mask)
     tokens = x.shape[-2]
     if grid_size is not None and math.prod(grid_size) != tokens:
@@ -69,7 +82,10 @@ def kmeans_clusters(
     if mask is not None:
         mask = mask.expand(x.shape[:-1])
     grid = None if grid_size is None else list(grid_size)
-    return KMeansClusters(*torch.ops.regard.kmeans(x.detach(), mask, num_clusters, iterations, grid))
+    return Grouping(torch.ops.regard.kmeans, (x.detach(), mask, num_clusters, iterations, grid))
+
+
+_OPERATOR = Operator("kmeans_clusters", _bind, BACKENDS)
 
 
 def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -> None:
@@ -161,6 +177,8 @@ torch.library.define(
     "regard::kmeans_lloyd",
     "(Tensor x, Tensor? mask, Tensor start, int iterations) -> (Tensor assignment, Tensor centroids)",
 )
+# The assignment alone, distances computed around the origin: the last step of density peak clustering.
+torch.library.define("regard::kmeans_nearest", "(Tensor x, Tensor centroids) -> Tensor")
 torch.library.define(
     "regard::kmeans",
     "(Tensor x, Tensor? mask, SymInt num_clusters, int iterations, SymInt[]? grid_size)"
@@ -186,7 +204,7 @@ def _folded_kmeans(
         return own, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     with autocast_off(x.device.type):
         start = _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        if allows("cpu") and _library.refusal(x) is None:
+        if has_kernels(x):
             return torch.ops.regard.kmeans_lloyd(x, mask, x.gather(1, start).float().contiguous(), iterations)
         return _lloyd(x, mask, start, iterations)
 

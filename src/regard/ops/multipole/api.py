@@ -25,7 +25,9 @@ def default_num_clusters(keys: int) -> int:
     return min(keys, round(4.0 * math.sqrt(keys)))
 
 
-def check_clusters(num_clusters: int | None, near: int | float, far: str, iterations: int) -> None:
+def check_clusters(
+    num_clusters: int | None, near: int | float, far: str, iterations: int, tolerance: float | None
+) -> None:
     """Raise unless these options of multipole attention are of the right kind and in range, whatever the tokens."""
     if num_clusters is not None:
         check_count("num_clusters", num_clusters)
@@ -41,6 +43,14 @@ def check_clusters(num_clusters: int | None, near: int | float, far: str, iterat
         raise ValueError(f"near: as a fraction it must lie in [0, 1], got {near}; give an int for a number of clusters")
     if far not in FAR_FIELDS:
         raise ValueError(f"far: expected one of {', '.join(map(repr, FAR_FIELDS))}, got {far!r}")
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
+        raise TypeError(f"tolerance: expected a number or None, got {type(tolerance).__name__}")
+    if not 0.0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a number of at least 0, or None for no bound, got {tolerance}")
+    if far != "centroid":
+        raise ValueError(f"tolerance: the error of far={far!r} has no bound; take far='centroid', or no tolerance")
 
 
 def multipole_attention(
@@ -58,6 +68,7 @@ def multipole_attention(
     iterations: int = 2,
     grid_size: Sequence[int] | None = None,
     enable_gqa: bool = False,
+    tolerance: float | None = None,
 ) -> Tensor:
     """Attention with a near field of exact keys and a far field of clusters.
 
@@ -87,6 +98,10 @@ def multipole_attention(
         iterations: of k-means.
         grid_size: the grid of the M - P other keys, of any rank; it only spreads the starting centroids over the image.
         enable_gqa: allow H to be a multiple of H_kv.
+        tolerance: for each query more clusters become near, those that may err most first, until the output is known to
+            differ from dense attention's by at most `tolerance` times the largest distance between two values (up to
+            rounding). The bound follows from the clusters' radii and holds for any input; what is found is much
+            closer. 0 is dense attention. None: no bound. With far="centroid" only.
 
     Returns:
         (..., H, N, D_v), in the query's dtype; zeros where all keys are hidden.
@@ -109,6 +124,7 @@ def multipole_attention(
         iterations=iterations,
         grid_size=grid_size,
         enable_gqa=enable_gqa,
+        tolerance=tolerance,
     )
     call = dataclasses.replace(call, assignment=clusters_of_keys(call, iterations, grid))
     output = OPERATOR.run(call)
@@ -130,9 +146,10 @@ def _bind(
     iterations: int = 2,
     grid_size: Sequence[int] | None = None,
     enable_gqa: bool = False,
+    tolerance: float | None = None,
 ) -> tuple[MultipoleCall, tuple[int, ...], tuple[int, ...] | None]:
     """The call in canonical form, not yet clustered; the leading dimensions that were folded; the grid."""
-    check_clusters(num_clusters, near, far, iterations)
+    check_clusters(num_clusters, near, far, iterations, tolerance)
     check_tensors(query, key, value, enable_gqa)
     check_dropout(dropout_p)
     check_scale(scale)
@@ -163,6 +180,7 @@ def _bind(
         far == "gaussian",
         num_prefix_tokens,
         query.shape[-1] ** -0.5 if scale is None else float(scale),
+        math.inf if tolerance is None else float(tolerance),
         float(dropout_p),
     )
     return call, lead, grid

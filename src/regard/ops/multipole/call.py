@@ -1,5 +1,6 @@
 """A checked call of multipole attention: what every backend is given."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.ops._selection import raised
-from regard.ops.clustering.kmeans import kmeans_clusters
+from regard.ops.clustering import kmeans as _kmeans  # noqa: F401  (defines regard::kmeans)
 
 __all__ = ["MultipoleCall", "clusters_of_keys"]
 
@@ -25,6 +26,7 @@ class MultipoleCall:
         second_order: whether the far field knows the clusters' variance.
         num_prefix_tokens: P, at most N and at most M.
         scale: factor of the logits.
+        tolerance: what the far field may err by, in units of the values' diameter; infinite if it is not bounded.
         dropout_p: dropout of the attention weights.
     """
 
@@ -38,6 +40,7 @@ class MultipoleCall:
     second_order: bool
     num_prefix_tokens: int
     scale: float
+    tolerance: float = math.inf
     dropout_p: float = 0.0
 
     @property
@@ -65,6 +68,7 @@ class MultipoleCall:
             self.second_order,
             self.num_prefix_tokens,
             self.scale,
+            self.tolerance,
         )
 
     def grouped(self, rows: Tensor) -> Tensor:
@@ -97,4 +101,6 @@ def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int,
         weight = weight / weight.amax(dim=-1, keepdim=True)
         key = key * torch.where(weight.isfinite().all(dim=-1, keepdim=True), weight, 1.0)
         mask = None if call.visible is None else call.visible[:, :, prefix:]
-        return kmeans_clusters(key, call.num_clusters, iterations=iterations, grid_size=grid_size, mask=mask).assignment
+        grid = None if grid_size is None else list(grid_size)
+        assignment: Tensor = torch.ops.regard.kmeans(key, mask, call.num_clusters, iterations, grid)[0]
+        return assignment

@@ -21,7 +21,7 @@ from regard.ops.multipole.streamed import attend, gradients
 __all__ = ["multipole_attention_blocks", "multipole_attention_op"]
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor assignment"
-_OPTIONS = "SymInt num_clusters, SymInt near, bool second_order, SymInt num_prefix_tokens, float scale"
+_OPTIONS = "SymInt num_clusters, SymInt near, bool second_order, SymInt num_prefix_tokens, float scale, float tolerance"
 
 
 def _forward(*arguments: Any) -> Tensor:
@@ -64,7 +64,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         first = torch.autograd.grad(output, inputs[1:], inputs[0], create_graph=True)
         pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
         second = torch.autograd.grad([f for f, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-    return *second, *(None,) * 7
+    return *second, *(None,) * 8
 
 
 def _define(name: str) -> Any:
@@ -79,7 +79,7 @@ def _define(name: str) -> Any:
     backward = getattr(torch.ops.regard, f"{name}_backward").default
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+        return *backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
     torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)
     torch.library.impl(f"regard::{name}_backward", "CompositeExplicitAutograd", _backward)

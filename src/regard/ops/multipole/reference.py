@@ -1,5 +1,6 @@
 """The specification of multipole attention, differentiable by autograd. All else is checked against it."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class FarField(NamedTuple):
         key, variance: (B, H_kv, C, D), mean and variance of its keys in each dimension.
         value: (B, H_kv, C, D_v), mean of its values.
         log_spread: (B, H_kv, C), logarithm of the mean squared distance of its keys to their mean; no gradient.
+        radius: (B, H_kv, C), largest distance of its keys to their mean; no gradient.
     """
 
     log_count: Tensor
@@ -43,6 +45,7 @@ class FarField(NamedTuple):
     variance: Tensor
     value: Tensor
     log_spread: Tensor
+    radius: Tensor
 
 
 def far_field(call: MultipoleCall) -> FarField:
@@ -60,9 +63,12 @@ def far_field(call: MultipoleCall) -> FarField:
     counts = cluster_sums(shown, assignment, clusters)
     mean_key, mean_value = mean(key), mean(value)
     own = mean_key.gather(1, assignment.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
-    variance = mean((key - own).square())
+    away = key - own
+    variance = mean(away.square())
     spread = variance.detach().sum(dim=-1).clamp(min=_SMALLEST).log()
-    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value, spread)
+    distance = torch.linalg.vector_norm(away.detach() * shown, dim=-1)
+    radius = torch.zeros_like(spread).scatter_reduce(1, assignment, distance, "amax")
+    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value, spread, radius)
     return FarField(*(part.unflatten(0, (batch, heads)) for part in parts))
 
 
@@ -95,7 +101,30 @@ def near_clusters(call: MultipoleCall, field: FarField, rows: Tensor, select: Se
     """(B, H_kv, R, C) logits of whole clusters, and which of them each of these rows resolves."""
     far = cluster_logits(call, field, rows)
     # From afar a cluster errs by its mass times its spread: a tight one is right however heavy it is.
-    return far, select(far.detach() + field.log_spread.unsqueeze(2), call.near)
+    near = select(far.detach() + field.log_spread.unsqueeze(2), call.near)
+    return far, near | _beyond_tolerance(call, field, rows.detach(), far.detach(), near) if bounded(call) else near
+
+
+def bounded(call: MultipoleCall) -> bool:
+    return call.tolerance < math.inf
+
+
+def _beyond_tolerance(call: MultipoleCall, field: FarField, rows: Tensor, far: Tensor, near: Tensor) -> Tensor:
+    """(B, H_kv, R, C) clusters that must not stay far, beside the near ones, for the far field to keep the tolerance.
+
+    A key at k_j = mu + delta has the weight exp(q . mu) exp(q . delta), the far field gives it exp(q . mu). With
+    x = |q| radius >= |q . delta| they differ by exp(q . mu) (exp(x) - 1) at most, so a cluster of mass m by
+    m (exp(x) - 1) <= m min(1, x) exp(x). A mean of exponentials is above the exponential of the mean, so dense
+    attention's total weight is at least that of all clusters seen from afar. Hence the output differs from dense
+    attention's by at most the sum of those errors over that total, times the largest distance between two values.
+    """
+    reach = torch.linalg.vector_norm(rows * call.scale, dim=-1, keepdim=True) * field.radius.unsqueeze(2)
+    error = far + reach + reach.log().clamp(max=0.0) - far.logsumexp(dim=-1, keepdim=True)
+    error = error.exp().masked_fill(near, 0.0)
+    ascending = error.sort(dim=-1).values
+    kept = (ascending.cumsum(dim=-1) <= call.tolerance).sum(dim=-1, keepdim=True)
+    ascending = torch.nn.functional.pad(ascending, (0, 1), value=math.inf)
+    return (error >= ascending.gather(-1, kept)) & (error > 0.0)
 
 
 def row_weights(call: MultipoleCall, field: FarField, rows: Tensor, select: Select) -> tuple[Tensor, Tensor]:
