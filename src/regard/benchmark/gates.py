@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,19 +88,28 @@ def _differentiate(attend: Attend, tensors: Sequence[Tensor], gradient: Tensor, 
 
 
 def check_kernel(
-    operator: Callable[..., Tensor], tensors: Mapping[str, Tensor], *, options: Mapping[str, Any], backward: bool
+    operator: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor],
+    *,
+    options: Mapping[str, Any],
+    formulations: Sequence[Callable[..., Tensor]] = (),
+    backward: bool,
 ) -> Findings:
     """Judge an attention's kernel by the operator's own PyTorch path, which its tests hold to the specification.
 
-    For an operator that selects nothing and whose PyTorch path needs no more memory than its kernel allows. In float64
-    it is exact; in the dtype at hand, with the head dims shuffled, too, it is eager. Judged is one image.
+    For an operator that selects nothing. In float64 that path is exact; in the dtype at hand, with the head dims
+    shuffled, too, it is eager. Judged is one head of one image.
 
     Args:
-        tensors: the operator's, by name; those beside `query`, `key` and `value` are passed on.
+        tensors: the operator's, by name, with images and heads in front; those beside `query`, `key` and `value` are
+            passed on.
         options: its other arguments.
+        formulations: others in plain PyTorch operations, that take the tensors: further orders of summation. A path
+            that adds up in blocks errs less than one that adds key by key.
     """
-    query, key, value = (tensors[name][:1] for name in ("query", "key", "value"))
-    rest = {name: one[:1] for name, one in tensors.items() if name not in ("query", "key", "value")}
+    part = {name: one[:1, :1] for name, one in tensors.items()}
+    query, key, value = (part.pop(name) for name in ("query", "key", "value"))
+    rest = part
 
     def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return operator(q, k, v, **rest, **options)
@@ -113,8 +123,9 @@ def check_kernel(
 
     dim, generator = query.shape[-1], torch.Generator().manual_seed(0)
     orders = [torch.arange(dim), *(torch.randperm(dim, generator=generator) for _ in range(_ORDERS - 1))]
+    others = [partial(one, **rest) for one in formulations]
     judgements = judge_attention(
-        own, eager(orders[0]), [eager(order) for order in orders], (query, key, value), backward=backward
+        own, eager(orders[0]), [*map(eager, orders), *others], (query, key, value), backward=backward
     )
     return Findings(operator.__name__, _name(query.dtype), judgements)
 
