@@ -97,6 +97,9 @@ def test_a_kernel_is_judged_by_its_own_pytorch_path(monkeypatch):
         return regard.ops._dispatch._only == "pytorch"
 
     assert not gates.check_kernel(wrong, tensors, options=options, backward=False).passed
+    rough = [lambda query, key, value: wrong(query, key, value, **options)]
+    gate = gates.check_kernel(wrong, tensors, options=options, formulations=rough, backward=False)
+    assert gate.passed  # as rough as what plain operations may be
 
 
 def test_kmeans_gate_sees_moved_centroids_and_wrong_assignments(monkeypatch):
