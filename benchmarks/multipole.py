@@ -25,13 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from regard.benchmark import environment, error_budget, interleave
-from regard.conversion import AttentionCall, record_attention
+from regard.conversion import AttentionCall
 from regard.markdown import markdown_table
 from regard.mixers import parse_mechanism
 from regard.results import write_text
 from regard.specs import Mechanism
 from regard.studies.photographs import choose_photographs, installed_photographs
-from regard.studies.pretrained import build_pretrained, read_picture
+from regard.studies.recorded import recorded_calls
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,6 @@ class Finding:
     ratios: tuple[float, ...]
     cosine: float
     rounds: int
-
-
-def recorded(settings: Settings, photo: Path, size: int) -> list[AttentionCall]:
-    """The chosen layers' calls on a photograph, contiguous as a model of its own would hand them over."""
-    model = build_pretrained("vit_small_patch14_dinov2", checkpoint=settings.weights, size=size)
-    calls = record_attention(model, read_picture(model, photo, size, setting="photos"))
-    return [calls[layer] for layer in settings.layers]
 
 
 def gate(call: AttentionCall) -> str:
@@ -154,7 +147,11 @@ def main(settings: Settings) -> None:
     findings = []
     for size in settings.sizes:
         console.print(f"{size} px: recording queries, keys and values")
-        for layer, call in zip(settings.layers, recorded(settings, photo, size), strict=True):
+        for layer, call in zip(
+            settings.layers,
+            recorded_calls(settings.weights, photo, size, settings.layers, setting="photos"),
+            strict=True,
+        ):
             if problem := gate(call):
                 raise SystemExit(f"RED: layer {layer} at {size} px: {problem}; nothing is timed")
             side = size // 14

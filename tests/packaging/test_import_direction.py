@@ -8,12 +8,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "regard"
 
 # room -> the rooms that it may import, beyond itself. `report` draws what it is given, from results alone.
-_PLAIN = {"cards", "results"}
+_PLAIN = {"cards", "markdown", "results", "simulation"}
 _LOW = {*_PLAIN, "specs", "ops"}
 _MIDDLE = {*_LOW, "mixers", "reduction", "losses", "backbones", "models", "data", "conversion"}
 ALLOWED: dict[str, set[str]] = {
-    "cards": set(),
+    "cards": {"markdown"},
+    "markdown": set(),
     "results": set(),
+    "simulation": set(),
     "specs": {"cards"},
     "ops": set(_PLAIN),
     "mixers": _LOW,
@@ -23,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {*_LOW, "mixers", "reduction"},
     "data": set(_PLAIN),
     "conversion": {*_LOW, "mixers"},
-    "report": {"results"},
+    "report": {"markdown", "results"},
     "benchmark": _MIDDLE,
     "training": _MIDDLE,
     "inspection": _MIDDLE,

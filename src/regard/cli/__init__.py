@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
-_COMMANDS = ("compare", "convert", "list", "doctor")
+_COMMANDS = ("compare", "convert", "bench", "simulate", "list", "doctor")
 _DESCRIPTION = "Attention in vision: every token looks at the few others that matter."
 
 
@@ -50,13 +50,22 @@ def _read(arguments: list[str]) -> Callable[[], int]:
     """
     import tyro
 
+    from regard.cli.bench import Bench
     from regard.cli.compare import Compare
     from regard.cli.convert import Convert
     from regard.cli.doctor import Doctor
     from regard.cli.listing import List
+    from regard.cli.simulate import Simulate
 
     commands: dict[str, Callable[..., Callable[[], int]]]
-    commands = {"compare": Compare, "convert": Convert, "list": List, "doctor": Doctor}
+    commands = {
+        "compare": Compare,
+        "convert": Convert,
+        "bench": Bench,
+        "simulate": Simulate,
+        "list": List,
+        "doctor": Doctor,
+    }
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -107,7 +116,8 @@ def _brief(box: str, arguments: list[str]) -> str:
 
 def _option(command: str, setting: str) -> str:
     """How a setting is written on the command line."""
-    return "MODEL" if (command, setting) == ("convert", "model") else f"--{setting.replace('_', '-')}"
+    positional = {("convert", "model"): "MODEL", ("simulate", "grid"): "GRID", ("bench", "operators"): "OPERATOR"}
+    return positional.get((command, setting)) or f"--{setting.replace('_', '-')}"
 
 
 def _code(stop: SystemExit) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from regard.report import wording
-from regard.report.style import MUTED, Styles, label_ends, label_marks, looks, new_figure, quiet
+from regard.report.style import MUTED, Styles, label_ends, label_marks, looks, new_figure, quiet, token_axes
 from regard.report.summary import baseline_of, largest_size, mechanisms_of, summarise
 from regard.results import Comparison, CostPoint, EpochRecord, TrainingRun
 
@@ -189,8 +189,6 @@ def _over_tokens(
     bars: bool = False,
 ) -> tuple[Figure, Axes]:
     figure, axes = new_figure()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     quiet(axes, title, "tokens", y)
     ends = []
     for mechanism in mechanisms_of(comparison):
@@ -210,18 +208,7 @@ def _over_tokens(
                 alpha=0.3,
             )
         ends.append((float(xs[-1]), ys[-1], mechanism, look.color))
-    sizes = sorted({point.tokens for point in points})
-    axes.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12 * 1.042 ** max(len(text) for _, _, text, _ in ends))
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0))
-    )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda found, _: f"{found:,.4g}"))
-    figure.canvas.draw()
-    label_ends(axes, ends)
+    token_axes(axes, sorted({point.tokens for point in points}), ends)
     return figure, axes
 
 

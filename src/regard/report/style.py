@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from regard.report.summary import baseline_of, mechanisms_of
@@ -31,6 +32,7 @@ __all__ = [
     "page_color",
     "quiet",
     "svg",
+    "token_axes",
 ]
 
 # These exact colours are replaced by the page's CSS variables, so figures follow its light and dark theme.
@@ -143,6 +145,32 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float
             fontsize=9,
             annotation_clip=False,
         )
+
+
+def token_axes(axes: Axes, sizes: Sequence[int], ends: list[tuple[float, float, str, str]]) -> None:
+    """Log-log axes over ascending numbers of tokens, with the lines' names at their ends.
+
+    Args:
+        ends: (tokens, height, name, colour) of each line's last point. Names of lines that reach the largest size
+            stand beside the axes (see `label_ends`), the others beside their points.
+    """
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12 * 1.042 ** max((len(text) for _, _, text, _ in ends), default=0))
+    axes.xaxis.set_major_locator(FixedLocator(list(sizes)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0))
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda found, _: f"{found:,.0f}" if found >= 1 else f"{found:.4g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    figure = axes.get_figure(root=True)
+    if figure is not None:
+        figure.canvas.draw()
+    label_ends(axes, [one for one in ends if one[0] == sizes[-1]])
+    label_marks(axes, [one for one in ends if one[0] < sizes[-1]])
 
 
 def label_marks(axes: Axes, marks: list[tuple[float, float, str, str]]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from regard.results._json import fields_of, to_json, write_text
+from regard.results.bench import BenchCell, BenchStudy, BenchTime, Ceiling, Growth, growth_of
 from regard.results.conversion import ConversionRecord, ConversionRow, MeasuredSetting, Tuning
 from regard.results.conversion_study import ConversionStudy, ConvertedModel, ConvertedPhoto
 from regard.results.environment import Environment
@@ -17,6 +18,10 @@ from regard.results.maps import AttentionMap
 
 __all__ = [
     "AttentionMap",
+    "BenchCell",
+    "BenchStudy",
+    "BenchTime",
+    "Ceiling",
     "Comparison",
     "ConversionRecord",
     "ConversionRow",
@@ -30,11 +35,13 @@ __all__ = [
     "Fidelity",
     "FidelityPoint",
     "FidelityStudy",
+    "Growth",
     "MeasuredSetting",
     "PictureFidelity",
     "Spread",
     "TrainingRun",
     "Tuning",
+    "growth_of",
     "to_json",
     "write_text",
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 # At first use, so that the command line reads settings without importing torch.
 _EXPORTS = {
+    "BenchSettings": "regard.studies.settings",
     "CompareSettings": "regard.studies.settings",
     "ConvertSettings": "regard.studies.settings",
     "FidelitySettings": "regard.studies.fidelity",
@@ -15,6 +16,7 @@ _EXPORTS = {
     "compare": "regard.studies.comparison",
     "study_conversion": "regard.studies.conversion",
     "study_fidelity": "regard.studies.fidelity",
+    "study_operators": "regard.studies.operators",
 }
 
 __all__ = list(_EXPORTS)
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from regard.studies.fidelity import FidelitySettings as FidelitySettings
     from regard.studies.fidelity import StudyInterrupted as StudyInterrupted
     from regard.studies.fidelity import study_fidelity as study_fidelity
+    from regard.studies.operators import study_operators as study_operators
+    from regard.studies.settings import BenchSettings as BenchSettings
     from regard.studies.settings import CompareSettings as CompareSettings
     from regard.studies.settings import ConvertSettings as ConvertSettings
     from regard.studies.settings import SettingsError as SettingsError

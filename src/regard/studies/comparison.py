@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from regard.benchmark import crossover, environment, measure_costs
 from regard.data import ImageData, load
 from regard.report.page import write_report
 from regard.results import AttentionMap, Comparison, Environment, EpochRecord, TrainingRun
 from regard.specs import Mechanism, parse
+from regard.studies.devices import check_device
 from regard.studies.maps import maps_of, tokens_of
 from regard.studies.progress import CompareProgress
 from regard.studies.settings import CompareSettings, SettingsError
@@ -89,7 +88,7 @@ class _Job:
 
 def _prepare(settings: CompareSettings) -> _Job:
     """Check all settings before anything is trained."""
-    _check_device(settings.device)
+    check_device(settings.device)
     mechanisms = _parse_all(settings.mechanisms)
     with _blaming("data"):
         data = load(settings.data)
@@ -119,18 +118,6 @@ def _prepare(settings: CompareSettings) -> _Job:
         for mechanism, seed in _all_runs(job):
             store.load(str(mechanism), seed)  # raises now, not after an hour, if made under other settings
     return job
-
-
-def _check_device(name: str) -> None:
-    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    known += ["mps"] if torch.backends.mps.is_available() else []
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError("device", f"{name!r} is no device; here are {', '.join(known)}") from error
-    found = f"{device.type}:{device.index or 0}" if device.type == "cuda" else device.type
-    if found not in known:
-        raise SettingsError("device", f"{name!r} is not here; here are {', '.join(known)}")
 
 
 def _parse_all(texts: tuple[str, ...]) -> tuple[Mechanism, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-__all__ = ["DEFAULT_MECHANISMS", "CompareSettings", "ConvertSettings", "SettingsError"]
+__all__ = ["DEFAULT_MECHANISMS", "BenchSettings", "CompareSettings", "ConvertSettings", "SettingsError"]
 
 DEFAULT_MECHANISMS = ("dense", "knn(topk=0.125)", "clustered", "multipole")
 
@@ -124,3 +124,81 @@ class ConvertSettings:
             raise SettingsError("random_weights", "a checkpoint is given, too; take one of the two")
         if self.save is not None and self.tune is None and len(self.mechanism) > 1:
             raise SettingsError("save", f"which of {len(self.mechanism)} mechanisms? Give one, or --tune")
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_DIRECTIONS = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Measure operators over a grid of sizes, beside every peer that is installed; the correctness gate comes first.
+
+    Args:
+        operators: What to measure; all operators if none is given.
+        dtype: float32, bfloat16 or float16; give the option once for each. float32 if not given.
+        direction: forward or forward+backward; both if not given.
+        quick: A few sizes, and a quarter of the time for each.
+        seconds: Time of each point's interleaved rounds.
+        patience: Leave out a peer whose one run would take longer than so many seconds.
+        no_memory: Do not measure peak memory.
+        weights: A trained ViT-S/14 (safetensors), whose queries, keys and values multipole attention then gets.
+        photo: The photograph that the weights are shown; one that an installed package carries if not given.
+        against: Compare with this commit, too: its checkout is built in a worktree that is removed afterwards.
+        threads: Of torch; its own choice if not given.
+        device: Device to run on, such as 'cpu' or 'cuda'.
+        dry_run: Tell what would run, and about how long; measure nothing.
+        out: Folder of table, figure and JSON. After Ctrl-C the same command resumes.
+
+    Raises:
+        SettingsError: a value is out of range; it names the setting and what is allowed.
+    """
+
+    operators: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[OPERATOR ...]")] = ()
+    dtype: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    direction: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    quick: bool = False
+    seconds: float = 2.0
+    patience: float = 5.0
+    no_memory: bool = False
+    weights: Path | None = None
+    photo: Path | None = None
+    against: str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    dry_run: bool = False
+    out: Path = Path("regard-bench")
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", _DTYPES), ("direction", _DIRECTIONS)):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise SettingsError(name, f"expected a sequence of texts, got the text {given!r}")
+            if unknown := [one for one in given if one not in known]:
+                raise SettingsError(name, f"expected some of {', '.join(known)}, got {unknown[0]!r}")
+            if len(set(given)) < len(given):
+                raise SettingsError(name, f"given twice: {', '.join(given)}")
+        for name in ("seconds", "patience"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise SettingsError(name, f"expected seconds above 0, got {getattr(self, name)!r}")
+        if self.threads is not None and self.threads < 1:
+            raise SettingsError("threads", f"expected a whole number of at least 1, got {self.threads!r}")
+        if self.photo is not None and self.weights is None:
+            raise SettingsError("photo", "shown to no model; give its --weights, too")
+        if self.against is not None and not self.device.startswith("cpu"):
+            raise SettingsError("against", f"compares on the processor alone, not on {self.device!r}")
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those to measure."""
+        return self.dtype or ("float32",)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Those to measure."""
+        return self.direction or _DIRECTIONS
+
+    @property
+    def point_seconds(self) -> float:
+        """Time of one point's rounds."""
+        return self.seconds / 4 if self.quick else self.seconds

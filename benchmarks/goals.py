@@ -1,0 +1,131 @@
+"""Judge what `regard bench` found by what this project set out to reach.
+
+    regard bench knn multipole density_peaks --dtype float32 --dtype bfloat16 --patience 30
+    python benchmarks/goals.py regard-bench/bench.json
+
+Exits with 1 if a goal is not met. Goals of multipole attention are for the queries and keys of a trained model: give
+`regard bench` its --weights.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from regard.results import BenchCell, BenchStudy
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least this many times faster than a peer at one size."""
+
+    operator: str
+    label: str
+    direction: str
+    peer: str
+    ratio: float
+    dtype: str = "float32"
+    cosine: float = 0.0  # to dense attention, at least
+
+
+@dataclass(frozen=True)
+class Bound:
+    """At most so much peak memory in bytes, or so large a growth exponent."""
+
+    operator: str
+    label: str  # of a size; of a series for growth
+    direction: str
+    bytes: float | None = None
+    exponent: float | None = None
+    dtype: str = "float32"
+
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+GOALS = (
+    Goal("knn", "N 4,096, k = N/16", FORWARD, "sdpa", 1.6),
+    Goal("knn", "N 4,096, k = N/2", FORWARD, "sdpa", 1.0),
+    Goal("knn", "N 1,024, k = N/2", FORWARD, "sdpa", 1.0),
+    Goal("knn", "N 196, B 8, k = N/2", FORWARD, "sdpa", 1 / 1.2),
+    Goal("knn", "N 4,096, k = N/16", FORWARD, "published", 8.0),
+    Goal("knn", "N 4,096, k = N/2", FORWARD, "published", 8.0),
+    Goal("knn", "N 1,024, k = N/2", FORWARD, "published", 8.0),
+    Goal("knn", "N 196, B 8, k = N/2", FORWARD, "published", 3.0),
+    Goal("knn", "N 4,096, k = N/16", BOTH, "sdpa", 2.0),
+    Goal("knn", "N 4,096, k = N/16", FORWARD, "float32", 1.0, "bfloat16"),
+    Goal("knn", "N 4,096, k = N/2", FORWARD, "float32", 1.0, "bfloat16"),
+    Goal("knn", "N 1,024, k = N/2", FORWARD, "float32", 1.0, "bfloat16"),
+    Goal("knn", "N 196, B 8, k = N/2", FORWARD, "float32", 1.0, "bfloat16"),
+    Goal("knn", "N 4,096, k = N/16", BOTH, "float32", 1.0, "bfloat16"),
+    Goal("multipole", "N 4,097, near 0.1", FORWARD, "sdpa", 4.0, cosine=0.995),
+    Goal("multipole", "N 16,385, near 0.1", FORWARD, "sdpa", 10.0, cosine=0.995),
+    Goal("density_peaks", "N 3,136, B 4, C 64, M 49 and 196", FORWARD, "published", 9.0),
+)
+BOUNDS = (
+    Bound("knn", "N 4,096, k = N/16", BOTH, bytes=32e6),
+    Bound("multipole", "near 0.1", FORWARD, exponent=1.4),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Judge what `regard bench` found."""
+
+    found: tyro.conf.Positional[Path] = Path("regard-bench/bench.json")
+    """The JSON that it wrote."""
+
+
+def judge(study: BenchStudy) -> list[tuple[str, str, str, bool | None]]:
+    """(what, goal, found, met) of each goal; met is None where nothing was measured."""
+    cells = {cell.key: cell for cell in study.cells}
+    verdicts: list[tuple[str, str, str, bool | None]] = []
+    for goal in GOALS:
+        cell = cells.get((goal.operator, goal.label, goal.dtype, goal.direction))
+        what = f"{goal.operator}, {goal.label}, {goal.direction}, {goal.dtype} against {goal.peer}"
+        asked = f"{goal.ratio:.2f}x" + (f", cosine {goal.cosine}" if goal.cosine else "")
+        verdicts.append((what, asked, *_ratio(cell, goal)))
+    for bound in BOUNDS:
+        what = f"{bound.operator}, {bound.label}, {bound.direction}, {bound.dtype}"
+        if bound.bytes is not None:
+            cell = cells.get((bound.operator, bound.label, bound.dtype, bound.direction))
+            peak = cell.own.peak_memory if cell is not None and cell.own is not None else None
+            told, met = ("", None) if peak is None else (f"{peak / 1e6:.1f} MB", peak <= bound.bytes)
+            verdicts.append((f"peak memory, {what}", f"{bound.bytes / 1e6:.0f} MB", told, met))
+        if bound.exponent is not None:
+            mine = (bound.operator, bound.label, bound.dtype, bound.direction, "regard")
+            grown = [
+                one for one in study.growth if (one.operator, one.series, one.dtype, one.direction, one.name) == mine
+            ]
+            told, met = (f"{grown[0].exponent:.2f}", grown[0].exponent <= bound.exponent) if grown else ("", None)
+            verdicts.append((f"growth over N, {what}", f"{bound.exponent}", told, met))
+    return verdicts
+
+
+def _ratio(cell: BenchCell | None, goal: Goal) -> tuple[str, bool | None]:
+    if cell is not None and not cell.passed:
+        return "gate RED", False
+    found = None if cell is None else next((one for one in cell.times if one.name == goal.peer), None)
+    if cell is None or found is None or found.skipped:
+        return "" if found is None else found.skipped, None
+    told = f"{found.slower:.2f}x ({found.slower_low:.2f}-{found.slower_high:.2f})"
+    if not goal.cosine:
+        return told, found.slower >= goal.ratio
+    return f"{told}, cosine {cell.cosine:.4f}", found.slower >= goal.ratio and cell.cosine >= goal.cosine
+
+
+def main(settings: Settings) -> int:
+    study = BenchStudy.from_json(settings.found.read_text(encoding="utf-8"))
+    table = Table("what", "goal", "found", "")
+    verdicts = judge(study)
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    for what, goal, found, met in verdicts:
+        table.add_row(what, goal, found, words[met])
+    Console().print(table)
+    return 1 if any(met is False for *_, met in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))
