@@ -209,8 +209,10 @@ def test_a_peer_is_left_out_where_it_would_take_too_long():
     cell = measure_point(point_of(entry, place=1), grid)
     skipped = {one.name: one.skipped for one in cell.times}
     assert skipped["sdpa"] == "" and skipped["published"] == "about 1 s a run; --patience 2 takes it"
-    assert grid.too_slow(point_of(entry, "forward+backward", place=1), "sdpa")  # three times its forward
-    assert not grid.too_slow(point_of(entry, "forward+backward"), "sdpa")
+    dense = entry.peers[0]
+    assert grid.too_slow(point_of(entry, "forward+backward", place=1), dense)  # three times its forward
+    assert not grid.too_slow(point_of(entry, "forward+backward"), dense)
+    assert not grid.too_slow(point_of(entry, place=1), dataclasses.replace(entry.peers[1], growth=1.0))
 
 
 def test_recorded_inputs_take_the_place_of_random_ones():

@@ -76,12 +76,14 @@ class Peer:
         make: of a case: a callable that takes the operator's tensors by name.
         refuses: of a case, a dtype and a direction: why it cannot run here; empty if it can.
         compiles: it is compiled at its first call, so its peak memory would be the compiler's.
+        growth: with which power of the tokens its time grows at most, to tell in time that it would take too long.
     """
 
     name: str
     make: Callable[[Case], Callable[..., Any]]
     refuses: Callable[[Case, str, str], str] = _never
     compiles: bool = False
+    growth: float = 2.0
 
 
 def normal_attention(case: Case, dtype: str, device: str) -> Tensors:

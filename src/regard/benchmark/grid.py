@@ -58,7 +58,7 @@ class Point:
 
     def peers(self) -> list[Peer]:
         """The entry's, and the operator itself in float32 beside a half type."""
-        own = Peer("float32", lambda case: _in_float32(self.entry.own(case)))
+        own = Peer("float32", lambda case: _in_float32(self.entry.own(case)), growth=1.0)
         return [*self.entry.peers, *([own] if self.dtype in _HALVES else [])]
 
     def contender(self, name: str) -> Callable[..., Any]:
@@ -106,8 +106,8 @@ class Grid:
 
     Args:
         seconds: of each point's interleaved rounds.
-        patience: a peer whose one run would take longer, judged by its last size and growth with the square of the
-            tokens, is left out, and so is the gradient of one whose forward took more than a third of it.
+        patience: a peer whose one run would take longer, judged by its last size and its growth with the tokens, is
+            left out, and so is the gradient of one whose forward took more than a third of it.
         inputs: of an operator's name and a case: recorded tensors instead of random ones, or None.
         against: another checkout, beside which every point is measured, too.
     """
@@ -136,13 +136,13 @@ class Grid:
                 self._gates[key] = point.entry.gate(point.case, tensors, len(point.entry.directions) > 1)
         return self._gates[key]
 
-    def too_slow(self, point: Point, name: str) -> str:
+    def too_slow(self, point: Point, peer: Peer) -> str:
         """Why a peer is left out for its time; empty if it is not."""
-        before = self._runs.get(self._line(point, name))
+        before = self._runs.get(self._line(point, peer.name))
         if before is None:
             return ""
         tokens, seconds = before
-        expected = seconds * (point.case.tokens / tokens) ** 2
+        expected = seconds * (point.case.tokens / tokens) ** peer.growth
         if expected <= self.patience:
             return ""
         return f"about {expected:.0f} s a run; --patience {math.ceil(1.1 * expected)} takes it"
@@ -186,7 +186,7 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     calls, skipped = {OWN: own}, {}
     slow: dict[str, float] = {}
     for peer in point.peers():
-        reason = peer.refuses(case, point.dtype, point.direction) or grid.too_slow(point, peer.name)
+        reason = peer.refuses(case, point.dtype, point.direction) or grid.too_slow(point, peer)
         if reason:
             skipped[peer.name] = reason
             continue

@@ -119,4 +119,4 @@ def _float32_only(case: Case, dtype: str, direction: str) -> str:
 SDPA = Peer("sdpa", _dense)
 PUBLISHED_KNN = Peer("published", _with_options(published_knn_attention))
 PUBLISHED_DENSITY_PEAKS = Peer("published", _with_options(published_density_peaks), _float32_only)
-EAGER_KMEANS = Peer("eager", _with_options(eager_kmeans), _float32_only)
+EAGER_KMEANS = Peer("eager", _with_options(eager_kmeans), _float32_only, growth=1.5)

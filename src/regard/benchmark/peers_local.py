@@ -202,11 +202,13 @@ def _natten_refusal(case: Case, dtype: str, direction: str) -> str:
     return _moved_borders_only(case)
 
 
-UNFOLD = Peer("unfold", _make_unfold, lambda case, dtype, direction: _moved_borders_only(case))
+UNFOLD = Peer("unfold", _make_unfold, lambda case, dtype, direction: _moved_borders_only(case), growth=1.0)
 FLEX_NEIGHBORHOOD = Peer(
     "flex",
     _make_flex,
     lambda case, dtype, direction: flex_refusal(case, dtype, direction) or _moved_borders_only(case),
     compiles=True,
+    growth=1.0,
 )
+# Its kernels grow with the tokens, what it runs on the processor with their square.
 NATTEN = Peer("natten", _make_natten, _natten_refusal, compiles=True)

@@ -100,5 +100,6 @@ def _make_flex(case: Case) -> Callable[..., Tensor]:
     return attend
 
 
-GATHER = Peer("gather", _make_gather)
-FLEX_ROUTED = Peer("flex", _make_flex, flex_refusal, compiles=True)
+# Blocks grow with the picture, too.
+GATHER = Peer("gather", _make_gather, growth=1.5)
+FLEX_ROUTED = Peer("flex", _make_flex, flex_refusal, compiles=True, growth=1.5)
