@@ -154,6 +154,14 @@ def test_a_point_is_gated_timed_and_counted(direction):
     assert cell.flops == (forward if direction == "forward" else forward + 2 * 24 * 16 * (24 + 4 * 4))
 
 
+def test_what_stands_in_for_dense_attention_tells_how_near_it_comes():
+    (case,) = TINY["multipole"]
+    exact = dataclasses.replace(case, options={**case.options, "near": 1.0})
+    cosines = [measure_point(point_of(tiny("multipole", one)), Grid(seconds=0.02)).cosine for one in (case, exact)]
+    assert 0.5 < cosines[0] < 0.9999 and cosines[1] == pytest.approx(1.0, abs=1e-6)
+    assert math.isnan(measure_point(point_of(tiny("knn")), Grid(seconds=0.02)).cosine)
+
+
 def test_half_types_run_beside_the_operator_in_float32():
     cell = measure_point(point_of(tiny("kmeans"), dtype="bfloat16"), Grid(seconds=0.05))
     assert [(one.name, bool(one.skipped)) for one in cell.times] == [(OWN, False), ("float32", False), ("eager", True)]

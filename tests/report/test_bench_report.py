@@ -22,8 +22,9 @@ def cell(tokens: int, seconds: float, direction: str = "forward", passed: bool =
     times = [own, dense, rare if tokens < 4000 else late] if passed else []
     gate = "knn_attention (cpu, float32): " + ("green" if passed else "RED; output 2 of 1")
     backend = "pytorch" if direction == "forward" and tokens > 4000 else "cpu"
+    cosine = 0.99612 if backend == "pytorch" else math.nan
     shape = ("knn", f"N {tokens:,}, k = N/16", "k = N/16", tokens, 1, 6, 64)
-    return BenchCell(*shape, "float32", direction, gate, passed, backend, 2e9, 10_000_000, times)
+    return BenchCell(*shape, "float32", direction, gate, passed, backend, 2e9, 10_000_000, cosine, times)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_the_table_holds_times_rates_ceilings_memory_and_peers(study):
         assert expected in text, expected
     for expected in ("80 MB", "40.0x", "fwd + bwd, float32", "gate RED", "matrix product 400 GFLOP/s, copy 20.0 GB/s"):
         assert expected in text, expected
-    assert text.count("PyTorch path") == 1
+    assert text.count("PyTorch path") == 1 and text.count("cosine 0.9961") == 1
     assert "40.0-40.0" not in text  # one round has no spread
     assert "…" not in text
 
@@ -109,7 +110,8 @@ def test_a_study_survives_json(study):
     again = BenchStudy.from_json(study.to_json())
     left_out = again.cells[1].times[2]
     assert math.isnan(left_out.seconds) and left_out.skipped.startswith("about 12 s")
-    assert again.cells[0] == study.cells[0] and again.growth == study.growth and again.environment == HERE
+    assert again.cells[1].cosine == 0.99612 and math.isnan(again.cells[0].cosine)
+    assert again.cells[0].times == study.cells[0].times and again.growth == study.growth and again.environment == HERE
     assert bench_markdown(again) == bench_markdown(study)
     with pytest.raises(ValueError, match="unknown field"):
         BenchStudy.from_json('{"settings": {}, "colour": 1}')

@@ -54,7 +54,7 @@ def test_all_points_are_measured_and_written(small, tmp_path):
     assert study.ceiling("float32").flops_per_second == 1e11 and not study.interrupted
     assert study.command == "regard bench --seconds 0.02 --no-memory"
     on_disk = BenchStudy.from_json((tmp_path / "bench.json").read_text())
-    assert on_disk.cells == study.cells and on_disk.growth == study.growth
+    assert on_disk.to_json() == study.to_json() and on_disk.growth == study.growth
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.svg", "bench.png"}
 
 
@@ -82,7 +82,7 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_settings_resume(small, tmp_
     small.clear()
     study = run(tmp_path)
     assert not study.interrupted and len(study.cells) == 4
-    assert small == [study.cells[3].key] and study.cells[:3] == stopped.cells
+    assert small == [study.cells[3].key] and [c.times for c in study.cells[:3]] == [c.times for c in stopped.cells]
     small.clear()
     run(tmp_path)  # a finished job starts anew
     assert len(small) == 4

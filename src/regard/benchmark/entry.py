@@ -115,6 +115,7 @@ class Entry:
         flops: useful operations of one run, of a case and a direction; counted by torch's counter with the
             operators' own formulas if None.
         has_gradient: False for what goes forward only.
+        approximates: it stands in for dense attention, so how near it comes is told beside its time.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Entry:
     inputs: Callable[[Case, str, str], Tensors] = normal_attention
     flops: Callable[[Case, str], float] | None = None
     has_gradient: bool = True
+    approximates: bool = False
 
     def own(self, case: Case) -> Callable[..., Any]:
         """The operator with the case's options."""

@@ -76,7 +76,7 @@ class GateResult:
         )
 
 
-def error_budget(exact: Tensor, *eager: Tensor) -> float:
+def error_budget(exact: Tensor, *eager: Tensor, terms: Tensor | None = None) -> float:
     """How far a kernel may be from `exact`: twice as far as eager is, but at least one unit in the last place.
 
     Args:
@@ -84,10 +84,11 @@ def error_budget(exact: Tensor, *eager: Tensor) -> float:
         eager: the same in the kernel's dtype, from plain PyTorch operations; the worst counts if they were run several
             times (in several orders of summation). Their dtype and `exact`'s largest entry say what a unit in the last
             place is.
+        terms: how large what was summed is, where sums cancel: its largest entry then says that.
     """
     if exact.numel() == 0:
         return 0.0
-    scale = exact.abs().max().item()
+    scale = (exact if terms is None else terms).abs().max().item()
     info = torch.finfo(eager[0].dtype)
     unit = info.eps * 2.0 ** math.floor(math.log2(scale)) if scale > info.tiny else info.tiny * info.eps
     return max(2.0 * max(largest_error(one, exact) for one in eager), unit)

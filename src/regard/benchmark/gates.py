@@ -74,9 +74,13 @@ def judge_attention(
     right = _differentiate(exact, doubled, wide, backward)
     rough = [_differentiate(one, tensors, gradient, backward) for one in eager]
     found = _differentiate(own, tensors, gradient, backward)
+    # Weights are not negative, so absolute values and gradients give the size of what outputs and gradients of values
+    # sum, which may cancel: hundreds of queries that look at one key leave little of what they send back.
+    sizes = _differentiate(exact, [*doubled[:2], doubled[2].abs()], wide.abs(), backward)
+    terms = [sizes[0], None, None, sizes[-1]]
     return tuple(
-        Judgement(name + what, largest_error(mine, best), error_budget(best, *theirs))
-        for what, mine, best, *theirs in zip(_NAMES, found, right, *rough, strict=False)
+        Judgement(name + what, largest_error(mine, best), error_budget(best, *theirs, terms=size))
+        for what, mine, best, size, *theirs in zip(_NAMES, found, right, terms, *rough, strict=False)
     )
 
 
@@ -170,16 +174,17 @@ def check_multipole(
 
 
 def _in_another_order(call: MultipoleCall, seed: int) -> Attend:
-    """The specification with all keys but the prefix shuffled: the same sums in another order."""
-    prefix, keys = call.num_prefix_tokens, call.key.shape[2]
-    order = torch.randperm(keys - prefix, generator=torch.Generator().manual_seed(seed))
-    shuffled = dataclasses.replace(call, assignment=call.clusters[:, :, order])
-    order = torch.cat([torch.arange(prefix), order + prefix])
+    """The specification with keys, queries (prefixes apart) and head dims shuffled: the same sums in another order."""
+    prefix, generator = call.num_prefix_tokens, torch.Generator().manual_seed(seed)
+    first, dims = torch.arange(prefix), torch.randperm(call.query.shape[3], generator=generator)
+    keys, queries = (torch.randperm(one.shape[2] - prefix, generator=generator) for one in (call.key, call.query))
+    shuffled = dataclasses.replace(call, assignment=call.clusters[:, :, keys])
+    keys, queries = torch.cat([first, keys + prefix]), torch.cat([first, queries + prefix])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return multipole_attention_reference(
-            dataclasses.replace(shuffled, query=q, key=k[:, :, order], value=v[:, :, order])
-        )
+        q, k = q[:, :, queries][..., dims], k[:, :, keys][..., dims]
+        moved = dataclasses.replace(shuffled, query=q, key=k, value=v[:, :, keys])
+        return multipole_attention_reference(moved)[:, :, queries.argsort()]
 
     return attend
 

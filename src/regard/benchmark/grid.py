@@ -35,7 +35,7 @@ __all__ = [
 OWN = "regard"
 _HALVES = ("bfloat16", "float16")
 _SLOW = 0.25  # of a point's time: whoever takes longer for one run is timed apart, so that the others keep their rounds
-_TINY = 64  # tokens of the run that warms a measuring process up
+_JUDGED_QUERIES = 1024  # of an approximation, at least
 _GATE_SECONDS = {True: 4.0, False: 1.0}  # of a point of some thousand tokens, and of smaller ones
 
 
@@ -182,6 +182,8 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     own = _ready(point, OWN, tensors)
     cell.flops, results = point.entry.counted(case, point.direction, own)
     cell.bytes = bytes_of([*tensors.values(), *results]) + (0 if point.direction == FORWARD else bytes_of(results[:1]))
+    if point.entry.approximates:
+        cell.cosine = _cosine_to_dense(results[0], tensors)
     del results
     calls, skipped = {OWN: own}, {}
     slow: dict[str, float] = {}
@@ -209,6 +211,15 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     if grid.against is not None:
         cell.times.append(_measure_against(point, grid, grid.against, tensors))
     return cell
+
+
+def _cosine_to_dense(output: Tensor, tensors: dict[str, Tensor]) -> float:
+    """Mean cosine of the outputs to those of dense attention, over queries that lie evenly among all."""
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    step = max(1, query.shape[2] // _JUDGED_QUERIES)
+    dense = torch.nn.functional.scaled_dot_product_attention(query[:, :, ::step], key, value)
+    mine = output.detach()[:, :, ::step]
+    return torch.nn.functional.cosine_similarity(mine.double(), dense.double(), dim=-1).mean().item()
 
 
 def _backend(point: Point, tensors: dict[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """What `regard bench` found, as tables and one figure."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def about(study: BenchStudy) -> list[str]:
             f"{one.dtype}, best of the same run: matrix product {one.flops_per_second / 1e9:.0f} GFLOP/s, "
             f"copy {one.bytes_per_second / 1e9:.1f} GB/s"
         )
+    if any(not math.isnan(cell.cosine) for cell in study.cells):
+        lines.append("cosine: of the outputs to dense attention's, mean over queries and heads")
     red = sum(not cell.passed for cell in study.cells)
     lines.append(f"correctness gate: {red} red of {len(study.cells)}; medians and quartiles of interleaved rounds")
     lines.append(
@@ -97,7 +100,9 @@ def _rows(cells: Sequence[BenchCell], study: BenchStudy) -> tuple[list[str], lis
     for cell in cells:
         size = f"N {cell.tokens:,}" + (f", B {cell.batch}" if cell.batch > 1 else "")
         run = f"{_SHORT.get(cell.direction, cell.direction)}, {cell.dtype}"
-        row = [[size, *filter(None, [cell.series]), run, *(["PyTorch path"] if cell.backend == "pytorch" else [])]]
+        row = [[size, *filter(None, [cell.series]), run]]
+        row[0] += ["PyTorch path"] if cell.backend == "pytorch" else []
+        row[0] += [] if math.isnan(cell.cosine) else [f"cosine {cell.cosine:.4f}"]
         own = cell.own
         if own is None:
             rows.append([*row, ["gate RED"], *([[wording.MISSING]] * (2 + len(measured)))])

@@ -50,6 +50,7 @@ class BenchCell:
         passed: whether it is green; without it nothing was timed.
         backend: of the operator, that takes the call; empty if it does not tell.
         flops: useful operations of one run of the operator. bytes: of its inputs, outputs and gradients, each once.
+        cosine: mean cosine of the outputs to those of dense attention; NaN for what does not stand in for it.
         times: the operator's first, then the peers'.
     """
 
@@ -67,6 +68,7 @@ class BenchCell:
     backend: str = ""
     flops: float = math.nan
     bytes: int = 0
+    cosine: float = math.nan
     times: list[BenchTime] = field(default_factory=list)
 
     @property

@@ -18,4 +18,5 @@ ENTRY = Entry(
     cases=(_case(1025, quick=True), _case(4097, quick=True), _case(16385)),
     gate=lambda case, tensors, backward: check_multipole(**tensors, options=case.options, backward=backward),
     peers=(SDPA,),
+    approximates=True,
 )
