@@ -178,17 +178,16 @@ def test_nothing_is_timed_while_the_gate_is_red():
     assert not cell.passed and cell.times == [] and cell.own is None and "wrong" in cell.gate
 
 
-def test_gradients_share_the_forwards_gate():
+def test_each_direction_is_gated_by_what_it_computes():
     asked = []
 
     def gate(case, tensors, backward):
         asked.append(backward)
-        return gates.Findings("x", "float32")
+        return gates.Findings("x", "float32", problems=("wrong gradient",) if backward else ())
 
     entry, grid = dataclasses.replace(tiny("knn"), gate=gate, peers=()), Grid(seconds=0.02)
-    for direction in BOTH:
-        assert measure_point(point_of(entry, direction), grid).passed
-    assert asked == [True]
+    assert [measure_point(point_of(entry, direction), grid).passed for direction in BOTH] == [True, False]
+    assert asked == [False, True]
 
 
 def test_a_peer_that_refuses_or_fails_is_left_out_with_its_reason():
