@@ -1,6 +1,6 @@
 """Judge what `regard bench` found by what this project set out to reach.
 
-    regard bench knn multipole density_peaks --dtype float32 --dtype bfloat16 --patience 30
+    regard bench --dtype float32 --dtype bfloat16 --patience 30
     python benchmarks/goals.py regard-bench/bench.json
 
 Exits with 1 if a goal is not met. Goals of multipole attention are for the queries and keys of a trained model: give
@@ -62,6 +62,13 @@ GOALS = (
     Goal("knn", "N 4,096, k = N/16", BOTH, "float32", 1.0, "bfloat16"),
     Goal("multipole", "N 4,097, near 0.1", FORWARD, "sdpa", 4.0, cosine=0.995),
     Goal("multipole", "N 16,385, near 0.1", FORWARD, "sdpa", 10.0, cosine=0.995),
+    Goal("neighborhood", "N 3,136, window 7x7", FORWARD, "sdpa", 15.0),
+    Goal("neighborhood", "N 3,136, window 7x7", FORWARD, "flex", 10.0),
+    Goal("neighborhood", "N 3,136, window 7x7", BOTH, "sdpa", 12.0),
+    Goal("routed", "N 3,136, stage 1, top 1", BOTH, "gather", 5.0),
+    Goal("routed", "N 784, stage 2, top 4", BOTH, "gather", 5.0),
+    Goal("routed", "N 65,536, stage 1, top 1", BOTH, "gather", 5.0),
+    Goal("routed", "N 16,384, stage 2, top 4", BOTH, "gather", 5.0),
     Goal("density_peaks", "N 3,136, B 4, C 64, M 49 and 196", FORWARD, "published", 9.0),
 )
 BOUNDS = (

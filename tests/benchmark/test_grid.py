@@ -25,6 +25,8 @@ TINY = {
             options={"num_clusters": 6, "near": 0.3, "num_prefix_tokens": 1, "grid_size": [5, 5]},
         )
     ],
+    "neighborhood": [Case(30, heads=2, head_dim=16, options={"grid_size": [5, 6], "kernel_size": [3, 3]})],
+    "routed": [Case(32, heads=2, head_dim=16, options={"query_block": 8, "key_block": 8})],
     "density_peaks": [Case(40, 2, 1, 8, options={"num_clusters": [4, 9]})],
     "kmeans": [Case(60, 2, 1, 8, options={"num_clusters": 7})],
 }

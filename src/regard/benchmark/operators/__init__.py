@@ -8,7 +8,7 @@ from regard.benchmark.entry import Entry
 
 __all__ = ["OPERATORS", "entries_of"]
 
-OPERATORS = ("knn", "multipole", "density_peaks", "kmeans")
+OPERATORS = ("knn", "multipole", "neighborhood", "routed", "density_peaks", "kmeans")
 
 
 def entries_of(names: Sequence[str] = ()) -> list[Entry]:

@@ -1,0 +1,46 @@
+"""Routed attention beside dense attention, the gather formulation and compiled FlexAttention, as BiFormer-S routes."""
+
+import torch
+
+from regard.benchmark.entry import Case, Entry, normal_attention
+from regard.benchmark.gates import check_kernel
+from regard.benchmark.peers import SDPA
+from regard.benchmark.peers_routed import FLEX_ROUTED, GATHER
+from regard.ops import routed_attention
+
+_TOPK = {2: 1, 4: 4}  # listed regions by heads: those of stages 1 and 2
+
+
+def _case(stage: int, regions: int, region: int, quick: bool = False) -> Case:
+    """`regions` square regions of `region` tokens, in region-major order; stage 1 has 2 heads of 32, stage 2 has 4."""
+    options = {"query_block": region, "key_block": region}
+    series = f"stage {stage}, top {_TOPK[2 * stage]}"
+    return Case(regions * region, heads=2 * stage, head_dim=32, series=series, options=options, quick=quick)
+
+
+def _inputs(case: Case, dtype: str, device: str) -> dict[str, torch.Tensor]:
+    """Normal tokens; each region lists the best regions by the products of mean queries and mean keys of all heads."""
+    tensors = normal_attention(case, dtype, device)
+    region = case.options["query_block"]
+    means = [tensors[name].double().unflatten(2, (-1, region)).mean(dim=3) for name in ("query", "key")]
+    affinity = torch.einsum("bhqd,bhkd->bqk", *means)
+    topk = _TOPK[case.heads]
+    return {**tensors, "blocks": affinity.topk(topk, dim=-1).indices.unsqueeze(1)}
+
+
+ENTRY = Entry(
+    name="routed",
+    operator="routed_attention",
+    # At 224 pixels 7 x 7 regions, at 1024 pixels 16 x 16.
+    cases=(
+        _case(1, 49, 64),
+        _case(2, 49, 16, quick=True),
+        _case(1, 256, 256),
+        _case(2, 256, 64),
+    ),
+    inputs=_inputs,
+    gate=lambda case, tensors, backward: check_kernel(
+        routed_attention, tensors, options=case.options, formulations=[GATHER.make(case)], backward=backward
+    ),
+    peers=(SDPA, GATHER, FLEX_ROUTED),
+)
