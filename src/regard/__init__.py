@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from regard.ops import knn_attention as knn_attention
     from regard.ops import merge_tokens as merge_tokens
     from regard.ops import multipole_attention as multipole_attention
-    from regard.ops import routed_attention as routed_attention
     from regard.ops import neighborhood_attention as neighborhood_attention
+    from regard.ops import routed_attention as routed_attention
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism

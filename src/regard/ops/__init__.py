@@ -4,8 +4,8 @@ from regard.ops._dispatch import Backend, Explanation, Refusal, SlowPathWarning,
 from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_clusters, merge_tokens
 from regard.ops.knn import knn_attention
 from regard.ops.multipole import multipole_attention
-from regard.ops.routed import BlockOrder, routed_attention
 from regard.ops.neighborhood import neighborhood_attention
+from regard.ops.routed import BlockOrder, routed_attention
 
 __all__ = [
     "Backend",
