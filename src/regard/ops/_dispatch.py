@@ -53,9 +53,12 @@ class Refusal:
 class Backend(Protocol):
     """One way to compute an operator."""
 
-    name: str
-    # The PyTorch path takes every valid call and is the slow one.
-    is_slow_path: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_slow_path(self) -> bool:
+        """True of the PyTorch path, which takes every valid call."""
 
     def supports(self, call: Any) -> Refusal | None:
         """None if this backend computes the call, else why not."""

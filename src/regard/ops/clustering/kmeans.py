@@ -16,7 +16,7 @@ from regard.ops._selection import raised
 from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 from regard.ops.clustering.sums import cluster_sums
 
-__all__ = ["KMeansClusters", "kmeans_clusters", "spread_over_grid"]
+__all__ = ["KMeansClusters", "kmeans_clusters", "kmeans_operator", "spread_over_grid"]
 
 # Elements of one block of distances: a few MB, whatever the number of tokens.
 _BLOCK = 1 << 20
@@ -82,7 +82,7 @@ def _bind(
     if mask is not None:
         mask = mask.expand(x.shape[:-1])
     grid = None if grid_size is None else list(grid_size)
-    return Grouping(torch.ops.regard.kmeans, (x.detach(), mask, num_clusters, iterations, grid))
+    return Grouping(kmeans_operator, (x.detach(), mask, num_clusters, iterations, grid))
 
 
 _OPERATOR = Operator("kmeans_clusters", _bind, BACKENDS)
@@ -184,6 +184,7 @@ torch.library.define(
     "(Tensor x, Tensor? mask, SymInt num_clusters, int iterations, SymInt[]? grid_size)"
     " -> (Tensor assignment, Tensor centroids)",
 )
+kmeans_operator = torch.ops.regard.kmeans
 
 
 def _kmeans(
@@ -245,10 +246,10 @@ def _vmap(
         return tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)
 
     mask = None if mask is None else mapped(mask, in_dims[1])
-    return torch.ops.regard.kmeans(mapped(x, in_dims[0]), mask, *options), (0, 0)
+    return kmeans_operator(mapped(x, in_dims[0]), mask, *options), (0, 0)
 
 
-@register_flop_formula(torch.ops.regard.kmeans)
+@register_flop_formula(kmeans_operator)
 def kmeans_flops(
     x: tuple[int, ...], mask: object, num_clusters: int, iterations: int, *rest: object, **kwargs: object
 ) -> int:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from regard.ops import _library
-from regard.ops._dispatch import Refusal, functorch_active
+from regard.ops._dispatch import Refusal
+from regard.ops._operator import refusal_of_modes
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.op import knn_attention_op
 
@@ -22,13 +23,9 @@ class CPUBackend:
         for name, dim in (("head_dim", call.query.shape[-1]), ("value's head_dim", call.value.shape[-1])):
             if not _SMALLEST_DIM <= dim <= _LARGEST_DIM:
                 return Refusal(f"{name} {dim} is outside {_SMALLEST_DIM} to {_LARGEST_DIM}")
-        if call.dropout_p > 0.0:
-            return Refusal("dropout of attention weights is computed on the PyTorch path only (dropout_p > 0)")
         if call.key.shape[2] == 0:
             return Refusal("there are no keys")
-        if functorch_active():
-            return Refusal("torch.func transforms (vmap, grad, jvp) see through PyTorch operations only")
-        return None
+        return refusal_of_modes(call.dropout_p)
 
     def run(self, call: KNNCall) -> Tensor:
         return knn_attention_op(

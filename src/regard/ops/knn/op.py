@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
 from regard.ops._arguments import heads_last
+from regard.ops._operator import second_gradients
 from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.eager import attend_with_state, gradients
@@ -135,9 +136,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
             inputs.append(mask)
         call = KNNCall(inputs[1], inputs[2], inputs[3], mask, ctx.topk, 0.0, ctx.is_causal, ctx.scale)
         output = knn_attention_reference(call, kept_by_threshold)
-        first = torch.autograd.grad(output, inputs[1:], inputs[0], create_graph=True)
-        pairs = [(f, g) for f, g in zip(first, grads, strict=False) if g is not None]
-        second = torch.autograd.grad([f for f, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        second = second_gradients(output, inputs, grads)
     mask_grad = second[4] if ctx.mask_gradient else None
     return *second[:4], mask_grad, *(None,) * 7
 

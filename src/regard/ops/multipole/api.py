@@ -11,9 +11,11 @@ from torch import Tensor
 from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, lowered_for_autocast, visible_keys
 from regard.ops._counts import check_count, share_of
 from regard.ops._dispatch import Operator
+from regard.ops._operator import KernelBackend, PyTorchBackend
+from regard.ops._selection import kept_by_threshold
 from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
-from regard.ops.multipole.cpu import CPUBackend
-from regard.ops.multipole.eager import PyTorchBackend
+from regard.ops.multipole.op import multipole_attention_blocks, multipole_attention_op
+from regard.ops.multipole.reference import multipole_attention_reference
 
 __all__ = ["FAR_FIELDS", "OPERATOR", "check_clusters", "default_num_clusters", "multipole_attention"]
 
@@ -204,6 +206,13 @@ def _check_grid(grid_size: Sequence[int] | None, cells: int) -> tuple[int, ...] 
     return grid
 
 
+def _reference(call: MultipoleCall) -> Tensor:
+    """Selects as the kernels do."""
+    return multipole_attention_reference(call, kept_by_threshold)
+
+
 OPERATOR = Operator(
-    "multipole_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
+    "multipole_attention",
+    lambda *args, **kwargs: _bind(*args, **kwargs)[0],
+    (KernelBackend(multipole_attention_op), PyTorchBackend(multipole_attention_blocks, _reference)),
 )

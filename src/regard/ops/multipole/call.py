@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.ops._selection import raised
-from regard.ops.clustering import kmeans as _kmeans  # noqa: F401  (defines regard::kmeans)
+from regard.ops.clustering.kmeans import kmeans_operator
 
 __all__ = ["MultipoleCall", "clusters_of_keys"]
 
@@ -102,5 +102,5 @@ def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int,
         key = key * torch.where(weight.isfinite().all(dim=-1, keepdim=True), weight, 1.0)
         mask = None if call.visible is None else call.visible[:, :, prefix:]
         grid = None if grid_size is None else list(grid_size)
-        assignment: Tensor = torch.ops.regard.kmeans(key, mask, call.num_clusters, iterations, grid)[0]
+        assignment: Tensor = kmeans_operator(key, mask, call.num_clusters, iterations, grid)[0]
         return assignment

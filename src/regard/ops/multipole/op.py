@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
 from regard.ops._arguments import heads_last
+from regard.ops._operator import define, second_gradients
 from regard.ops._selection import kept_by_threshold
 from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
@@ -61,31 +62,27 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         inputs = [t.detach().requires_grad_() for t in (grad_output, query, key, value)]
         call = MultipoleCall(inputs[1], inputs[2], inputs[3], visible, assignment, *ctx.options)
         output = multipole_attention_reference(call, kept_by_threshold)
-        first = torch.autograd.grad(output, inputs[1:], inputs[0], create_graph=True)
-        pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
-        second = torch.autograd.grad([f for f, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        second = second_gradients(output, inputs, grads)
     return *second, *(None,) * 8
 
 
 def _define(name: str) -> Any:
     """An operator with this schema and gradient, computed by PyTorch wherever no kernel is registered for it."""
-    torch.library.define(f"regard::{name}", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
-    torch.library.define(
-        f"regard::{name}_backward",
+    backward = define(
+        f"{name}_backward",
         f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+        compute=_backward,
+        fake=_fake_backward,
+        setup=_setup_backward,
+        gradient=_double_backward,
     )
-    torch.library.register_fake(f"regard::{name}", _fake)
-    torch.library.register_fake(f"regard::{name}_backward", _fake_backward)
-    backward = getattr(torch.ops.regard, f"{name}_backward").default
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
-    torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)
-    torch.library.impl(f"regard::{name}_backward", "CompositeExplicitAutograd", _backward)
-    torch.library.register_autograd(f"regard::{name}", gradient, setup_context=_setup)
-    torch.library.register_autograd(f"regard::{name}_backward", _double_backward, setup_context=_setup_backward)
-    return getattr(torch.ops.regard, name).default
+    return define(
+        name, f"({_INPUTS}, {_OPTIONS}) -> Tensor", compute=_forward, fake=_fake, setup=_setup, gradient=gradient
+    )
 
 
 multipole_attention_op = _define("multipole_attention")

@@ -37,7 +37,7 @@ class FarField(NamedTuple):
         key, variance: (B, H_kv, C, D), mean and variance of its keys in each dimension.
         value: (B, H_kv, C, D_v), mean of its values.
         log_spread: (B, H_kv, C), logarithm of the mean squared distance of its keys to their mean; no gradient.
-        radius: (B, H_kv, C), largest distance of its keys to their mean; no gradient.
+        radius: (B, H_kv, C), largest distance of its keys to their mean; no gradient. None unless a tolerance asks.
     """
 
     log_count: Tensor
@@ -45,7 +45,7 @@ class FarField(NamedTuple):
     variance: Tensor
     value: Tensor
     log_spread: Tensor
-    radius: Tensor
+    radius: Tensor | None
 
 
 def far_field(call: MultipoleCall) -> FarField:
@@ -66,10 +66,12 @@ def far_field(call: MultipoleCall) -> FarField:
     away = key - own
     variance = mean(away.square())
     spread = variance.detach().sum(dim=-1).clamp(min=_SMALLEST).log()
-    distance = torch.linalg.vector_norm(away.detach() * shown, dim=-1)
-    radius = torch.zeros_like(spread).scatter_reduce(1, assignment, distance, "amax")
-    parts = (counts.squeeze(-1).log(), mean_key, variance, mean_value, spread, radius)
-    return FarField(*(part.unflatten(0, (batch, heads)) for part in parts))
+    parts = [counts.squeeze(-1).log(), mean_key, variance, mean_value, spread]
+    if bounded(call):
+        distance = torch.linalg.vector_norm(away.detach() * shown, dim=-1)
+        parts.append(torch.zeros_like(spread).scatter_reduce(1, assignment, distance, "amax"))
+    log_count, key, variance, value, spread, *radius = (part.unflatten(0, (batch, heads)) for part in parts)
+    return FarField(log_count, key, variance, value, spread, radius[0] if radius else None)
 
 
 def keys_and_values(call: MultipoleCall) -> tuple[Tensor, Tensor]:
@@ -102,14 +104,16 @@ def near_clusters(call: MultipoleCall, field: FarField, rows: Tensor, select: Se
     far = cluster_logits(call, field, rows)
     # From afar a cluster errs by its mass times its spread: a tight one is right however heavy it is.
     near = select(far.detach() + field.log_spread.unsqueeze(2), call.near)
-    return far, near | _beyond_tolerance(call, field, rows.detach(), far.detach(), near) if bounded(call) else near
+    if field.radius is not None:
+        near = near | _beyond_tolerance(call, field.radius, rows.detach(), far.detach(), near)
+    return far, near
 
 
 def bounded(call: MultipoleCall) -> bool:
     return call.tolerance < math.inf
 
 
-def _beyond_tolerance(call: MultipoleCall, field: FarField, rows: Tensor, far: Tensor, near: Tensor) -> Tensor:
+def _beyond_tolerance(call: MultipoleCall, radius: Tensor, rows: Tensor, far: Tensor, near: Tensor) -> Tensor:
     """(B, H_kv, R, C) clusters that must not stay far, beside the near ones, for the far field to keep the tolerance.
 
     A key at k_j = mu + delta has the weight exp(q . mu) exp(q . delta), the far field gives it exp(q . mu). With
@@ -118,7 +122,7 @@ def _beyond_tolerance(call: MultipoleCall, field: FarField, rows: Tensor, far: T
     attention's total weight is at least that of all clusters seen from afar. Hence the output differs from dense
     attention's by at most the sum of those errors over that total, times the largest distance between two values.
     """
-    reach = torch.linalg.vector_norm(rows * call.scale, dim=-1, keepdim=True) * field.radius.unsqueeze(2)
+    reach = torch.linalg.vector_norm(rows * call.scale, dim=-1, keepdim=True) * radius.unsqueeze(2)
     error = far + reach + reach.log().clamp(max=0.0) - far.logsumexp(dim=-1, keepdim=True)
     error = error.exp().masked_fill(near, 0.0)
     ascending = error.sort(dim=-1).values

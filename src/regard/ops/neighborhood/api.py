@@ -11,9 +11,10 @@ from torch import Tensor
 from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
 from regard.ops._counts import check_count
 from regard.ops._dispatch import Operator
+from regard.ops._operator import KernelBackend, PyTorchBackend
 from regard.ops.neighborhood.call import NeighborhoodCall
-from regard.ops.neighborhood.cpu import CPUBackend
-from regard.ops.neighborhood.eager import PyTorchBackend
+from regard.ops.neighborhood.op import neighborhood_attention_blocks, neighborhood_attention_op
+from regard.ops.neighborhood.reference import neighborhood_attention_reference
 from regard.ops.neighborhood.windows import BORDERS, Pattern
 
 __all__ = ["OPERATOR", "check_windows", "neighborhood_attention"]
@@ -231,5 +232,10 @@ def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> Tensor:
 
 
 OPERATOR = Operator(
-    "neighborhood_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
+    "neighborhood_attention",
+    lambda *args, **kwargs: _bind(*args, **kwargs)[0],
+    (
+        KernelBackend(neighborhood_attention_op),
+        PyTorchBackend(neighborhood_attention_blocks, neighborhood_attention_reference),
+    ),
 )

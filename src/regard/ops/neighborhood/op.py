@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
 from regard.ops._arguments import heads_last
+from regard.ops._operator import define, second_gradients
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
 from regard.ops.neighborhood.streamed import attend, gradients
@@ -72,25 +73,21 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
             bias = attn_bias.detach().requires_grad_()
             inputs.append(bias)
         call = NeighborhoodCall.of_operands(*inputs[1:4], bias, visible, *ctx.options)
-        first = torch.autograd.grad(
-            neighborhood_attention_reference(call), inputs[1:], inputs[0], create_graph=True, materialize_grads=True
-        )
-        pairs = [(f, g) for f, g in zip(first, grads, strict=False) if g is not None]
-        second = torch.autograd.grad([f for f, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        second = second_gradients(neighborhood_attention_reference(call), inputs, grads, materialize=True)
     return *second[:4], second[4] if ctx.bias_gradient else None, *(None,) * (_OTHERS + 2)
 
 
 def _define(name: str) -> Any:
     """An operator with this schema and gradient, computed by PyTorch wherever no kernel is registered for it."""
-    torch.library.define(f"regard::{name}", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
-    torch.library.define(
-        f"regard::{name}_backward",
+    backward = define(
+        f"{name}_backward",
         f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}, bool bias_gradient) -> "
         "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+        compute=_backward,
+        fake=_fake_backward,
+        setup=_setup_backward,
+        gradient=_double_backward,
     )
-    torch.library.register_fake(f"regard::{name}", _fake)
-    torch.library.register_fake(f"regard::{name}_backward", _fake_backward)
-    backward = getattr(torch.ops.regard, f"{name}_backward").default
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: checkpoints take them back
@@ -98,11 +95,9 @@ def _define(name: str) -> Any:
         *grads, grad_bias = backward(grad_output, *saved, *ctx.options, bias_gradient)
         return *grads, grad_bias if bias_gradient else None, *(None,) * (_OTHERS + 1)
 
-    torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)
-    torch.library.impl(f"regard::{name}_backward", "CompositeExplicitAutograd", _backward)
-    torch.library.register_autograd(f"regard::{name}", gradient, setup_context=_setup)
-    torch.library.register_autograd(f"regard::{name}_backward", _double_backward, setup_context=_setup_backward)
-    return getattr(torch.ops.regard, name).default
+    return define(
+        name, f"({_INPUTS}, {_OPTIONS}) -> Tensor", compute=_forward, fake=_fake, setup=_setup, gradient=gradient
+    )
 
 
 neighborhood_attention_op = _define("neighborhood_attention")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops import _library
 from regard.ops._arguments import heads_last
+from regard.ops._operator import define, second_gradients
 from regard.ops.routed.call import RoutedCall
 from regard.ops.routed.reference import routed_attention_reference
 from regard.ops.routed.streamed import attend, gradients
@@ -90,20 +91,21 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         for place, leaf in zip(places, leaves[1:], strict=True):
             arguments[place] = leaf
         output = routed_attention_reference(RoutedCall(*arguments, *ctx.options))
-        first = torch.autograd.grad(output, leaves[1:], leaves[0], create_graph=True)
-        pairs = [(f, g) for f, g in zip(first, grads, strict=False) if g is not None]
-        second = torch.autograd.grad([f for f, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        second = second_gradients(output, leaves, grads)
     found = dict(zip(places, second[1:], strict=True))
     return second[0], *(found.get(place) for place in range(_COUNT)), *(None,) * 3
 
 
 def _define(name: str) -> Any:
     """An operator with this schema and gradient, computed by PyTorch wherever no kernel is registered for it."""
-    torch.library.define(f"regard::{name}", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
-    torch.library.define(f"regard::{name}_backward", f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}) -> ({_GRADIENTS})")
-    torch.library.register_fake(f"regard::{name}", _fake)
-    torch.library.register_fake(f"regard::{name}_backward", _fake_backward)
-    backward = getattr(torch.ops.regard, f"{name}_backward").default
+    backward = define(
+        f"{name}_backward",
+        f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}) -> ({_GRADIENTS})",
+        compute=_backward,
+        fake=_fake_backward,
+        setup=_setup_backward,
+        gradient=_double_backward,
+    )
 
     def gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
@@ -111,11 +113,9 @@ def _define(name: str) -> Any:
         places = _places(saved)
         return *(found[place] if place in places else None for place in range(_COUNT)), *(None,) * 3
 
-    torch.library.impl(f"regard::{name}", "CompositeExplicitAutograd", _forward)
-    torch.library.impl(f"regard::{name}_backward", "CompositeExplicitAutograd", _backward)
-    torch.library.register_autograd(f"regard::{name}", gradient, setup_context=_setup)
-    torch.library.register_autograd(f"regard::{name}_backward", _double_backward, setup_context=_setup_backward)
-    return getattr(torch.ops.regard, name).default
+    return define(
+        name, f"({_INPUTS}, {_OPTIONS}) -> Tensor", compute=_forward, fake=_fake, setup=_setup, gradient=gradient
+    )
 
 
 routed_attention_op = _define("routed_attention")
