@@ -54,9 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_backward(
   p.lse = static_cast<float*>(lse.data_ptr());
   p.kth_logit = static_cast<float*>(kth.data_ptr());
   p.last_tie = static_cast<int32_t*>(tie.data_ptr());
-  Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
-  Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
-  Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
+  Tensor grad_query = empty_heads_last(query), grad_key = empty_heads_last(key), grad_value = empty_heads_last(value);
   KnnGradients grads;
   grads.grad_output = view4(grad_output);
   grads.grad_query = view4(grad_query), grads.grad_key = view4(grad_key), grads.grad_value = view4(grad_value);

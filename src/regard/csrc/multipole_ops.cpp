@@ -25,13 +25,7 @@ MultipoleProblem describe(const Tensor& query, const Tensor& key, const Tensor& 
   const int64_t entries = p.batch * p.key_heads * (p.keys - prefix);
   for (int64_t i = 0; i < entries; ++i)
     STD_TORCH_CHECK(p.assignment[i] >= 0 && p.assignment[i] < clusters, "multipole_attention: no such cluster");
-  if (visible.has_value()) {
-    STD_TORCH_CHECK(visible->scalar_type() == ScalarType::Bool && visible->dim() == 3 && visible->size(0) == p.batch &&
-                        visible->size(1) == p.key_heads && visible->size(2) == p.keys,
-                    "multipole_attention: expected a boolean mask (B, H_kv, M)");
-    p.visible = static_cast<const char*>(visible->data_ptr());
-    for (int i = 0; i < 3; ++i) p.visible_stride[i] = visible->stride(i);
-  }
+  describe_visible(p, "multipole_attention", visible);
   return p;
 }
 
@@ -52,9 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> multipole_backward(
     double tolerance) {
   const MultipoleProblem p =
       describe(query, key, value, visible, assignment, clusters, near, second_order, prefix, scale, tolerance);
-  Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
-  Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
-  Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
+  Tensor grad_query = empty_heads_last(query), grad_key = empty_heads_last(key), grad_value = empty_heads_last(value);
   const AttentionGradients grads{view4(grad_output), view4(grad_query), view4(grad_key), view4(grad_value)};
   backward(kernels().multipole, p, grads);
   return {grad_query, grad_key, grad_value};

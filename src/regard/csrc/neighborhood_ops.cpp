@@ -83,9 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighborhood_backward(
   const Described d =
       describe(query, key, value, bias, visible, grid, kernel, dilation, stride, causal, border, prefix, scale);
   const NeighborhoodProblem& p = d.problem;
-  Tensor grad_query = empty_heads_last(query, p.batch, p.heads, p.queries, p.dim);
-  Tensor grad_key = empty_heads_last(key, p.batch, p.key_heads, p.keys, p.dim);
-  Tensor grad_value = empty_heads_last(value, p.batch, p.key_heads, p.keys, p.value_dim);
+  Tensor grad_query = empty_heads_last(query), grad_key = empty_heads_last(key), grad_value = empty_heads_last(value);
   NeighborhoodGradients grads;
   grads.grad_output = view4(grad_output);
   grads.grad_query = view4(grad_query), grads.grad_key = view4(grad_key), grads.grad_value = view4(grad_value);

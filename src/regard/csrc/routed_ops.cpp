@@ -45,14 +45,7 @@ RoutedProblem describe(const Inputs& in) {
   describe(p, "routed_attention", in.query, in.key, in.value, in.scale);
   p.query_block = in.query_block, p.key_block = in.key_block;
   describe_blocks(p, in.blocks);
-  if (in.visible.has_value()) {
-    const Tensor& visible = *in.visible;
-    STD_TORCH_CHECK(visible.scalar_type() == ScalarType::Bool && visible.dim() == 3 && visible.size(0) == p.batch &&
-                        visible.size(1) == p.key_heads && visible.size(2) == p.keys,
-                    "routed_attention: expected a boolean mask (B, H_kv, M)");
-    p.visible = static_cast<const char*>(visible.data_ptr());
-    for (int i = 0; i < 3; ++i) p.visible_stride[i] = visible.stride(i);
-  }
+  describe_visible(p, "routed_attention", in.visible);
   p.extra_key = view4(in.extra_key), p.extra_value = view4(in.extra_value), p.extra = in.extra_key.size(2);
   STD_TORCH_CHECK(p.extra_key.dtype == p.key.dtype && p.extra_value.dtype == p.key.dtype &&
                       in.extra_key.size(0) == p.batch && in.extra_key.size(1) == p.key_heads &&
@@ -81,17 +74,13 @@ Tensor run_forward(const Inputs& in) {
   return output;
 }
 
-Tensor like_tokens(const Tensor& like, const Tensor& shape) {
-  return empty_heads_last(like, shape.size(0), shape.size(1), shape.size(2), shape.size(3));
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients run_backward(const Tensor& grad_output, const Inputs& in) {
   const RoutedProblem p = describe(in);
-  Tensor grad_query = like_tokens(in.query, in.query), grad_key = like_tokens(in.key, in.key);
-  Tensor grad_value = like_tokens(in.value, in.value), grad_extra_key = like_tokens(in.key, in.extra_key);
-  Tensor grad_extra_value = like_tokens(in.value, in.extra_value);
+  Tensor grad_query = empty_heads_last(in.query), grad_key = empty_heads_last(in.key);
+  Tensor grad_value = empty_heads_last(in.value), grad_extra_key = empty_heads_last(in.extra_key);
+  Tensor grad_extra_value = empty_heads_last(in.extra_value);
   const bool biased = in.extra_bias.has_value();
   Tensor grad_bias = biased ? torch::stable::new_empty(*in.extra_bias, in.extra_bias->sizes())
                             : torch::stable::new_empty(in.query, {0}, ScalarType::Float);

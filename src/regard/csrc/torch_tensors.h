@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -53,6 +54,10 @@ inline Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads,
   return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, dim}), 1, 2);
 }
 
+inline Tensor empty_heads_last(const Tensor& like) {
+  return empty_heads_last(like, like.size(0), like.size(1), like.size(2), like.size(3));
+}
+
 // Splits the rows of each key head so that the units spread evenly over the threads.
 inline std::vector<Unit> split(int64_t batch, int64_t key_heads, int64_t queries, int64_t threads, int64_t* parts) {
   const int64_t heads = batch * key_heads;
@@ -85,6 +90,17 @@ inline void describe(AttentionProblem& p, const char* name, const Tensor& query,
                   name, ": the query's heads are no multiple of the key's");
   STD_TORCH_CHECK(p.query.dtype == p.key.dtype && p.query.dtype == p.value.dtype, name, ": dtypes differ");
   STD_TORCH_CHECK(p.dim >= 1 && p.value_dim >= 1 && p.keys < (int64_t{1} << 30), name, ": size out of range");
+}
+
+// Which keys are there, of the operators that know a mask for padding.
+template <class P>
+void describe_visible(P& p, const char* name, const std::optional<Tensor>& visible) {
+  if (!visible.has_value()) return;
+  STD_TORCH_CHECK(visible->scalar_type() == ScalarType::Bool && visible->dim() == 3 && visible->size(0) == p.batch &&
+                      visible->size(1) == p.key_heads && visible->size(2) == p.keys,
+                  name, ": expected a boolean mask (B, H_kv, M)");
+  p.visible = static_cast<const char*>(visible->data_ptr());
+  for (int i = 0; i < 3; ++i) p.visible_stride[i] = visible->stride(i);
 }
 
 inline std::vector<Unit> split(const AttentionProblem& p, int64_t* parts) {
