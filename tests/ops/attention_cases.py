@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.ops import _library
 
@@ -86,3 +87,16 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
     floor = torch.finfo(ours.dtype).eps * size.abs().max().item()
     budget = max(*(2.0 * other for other in others), floor) * ROUNDINGS
     assert error <= budget, f"error {error:.3g}, eager {others}, floor {floor:.3g}"
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made within this context has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for t in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return made

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_cases import BACKENDS
+from attention_cases import BACKENDS, Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
@@ -100,19 +99,6 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, tile, make):
         assert torch.equal(one.assignment, other.assignment) and torch.equal(one.centers, other.centers)
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest storage that any operation made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for one in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(one, torch.Tensor):
-                self.numbers = max(self.numbers, one.untyped_storage().nbytes() // 4)
-        return result
-
-
 @pytest.mark.parametrize("neighbors", [1, 2, 63, 64, 65, 150])
 @pytest.mark.parametrize("tokens", [1, 31, 150])
 def test_any_number_of_neighbors(tokens, neighbors):
@@ -149,10 +135,10 @@ def test_equal_tokens_are_at_no_distance(backend):
 def test_no_square_matrix_is_ever_made(monkeypatch):
     monkeypatch.setattr(density_peaks, "_TILE", 64 << 10)
     x = mixture(2, 3000, 4)
-    with _Largest() as seen:
+    with Largest() as seen:
         density_peaks._streamed(x, [46, 187], 5, None)
-    assert 10_000 < seen.numbers <= 2 * 3000 * (4 + 5 + 1) * 2, "at most the indices of the neighbours, in int64"
-    assert seen.numbers < 3000**2 / 50
+    assert 10_000 < seen.elements <= 2 * 3000 * (4 + 5 + 1), "at most the neighbours"
+    assert seen.elements < 3000**2 / 50
 
 
 def test_a_far_common_offset_costs_little_precision():

@@ -6,9 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, inputs, needs_kernels
+from attention_cases import BACKENDS, Largest, Shape, inputs, needs_kernels
 from multipole_cases import attend, even_sizes, in_float64, random_call
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -270,19 +269,6 @@ def test_flops_of_the_pytorch_path_agree_with_a_count_by_hand() -> None:
     with FlopCounterMode(display=False) as counter:
         output.sum().backward()
     assert counter.get_total_flops() == 2 * batch * heads * queries * columns * (3 * dim + 2 * value_dim)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made within this context has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for t in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return made
 
 
 def test_the_pytorch_path_never_holds_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:

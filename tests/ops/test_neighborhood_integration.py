@@ -6,9 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, needs_kernels
+from attention_cases import BACKENDS, Largest, Shape, needs_kernels
 from neighborhood_cases import attend, in_float64, pattern_of, random_call, requiring_grad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,19 +241,6 @@ def test_flops_agree_with_a_count_by_hand(backend: str) -> None:
         with FlopCounterMode(display=False) as counter:
             output.sum().backward()
         assert counter.get_total_flops() == 2 * pairs * (3 * dim + 2 * value_dim)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made within this context has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for t in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return made
 
 
 def test_the_pytorch_path_never_holds_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, inputs, needs_kernels
+from attention_cases import BACKENDS, Largest, Shape, inputs, needs_kernels
 from routed_cases import attend, in_float64, output_gradient, random_call, requiring_grad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,19 +259,6 @@ def test_flops_agree_with_a_count_by_hand(backend: str) -> None:
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(output.sum(), leaves)
     assert counter.get_total_flops() == 2 * batch * heads * queries * seen * (3 * dim + 2 * value_dim)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made within this context has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for t in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return made
 
 
 @pytest.mark.parametrize(("query_block", "key_block", "length"), [(20, 20, 30), (600, 600, 1)])
