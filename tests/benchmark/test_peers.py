@@ -11,7 +11,7 @@ from regard import density_peak_clusters, kmeans_clusters, knn_attention
 from regard.benchmark.entry import Case
 from regard.benchmark.peers import eager_kmeans, published_density_peaks, published_knn_attention
 from regard.benchmark.peers_local import FLEX_NEIGHBORHOOD, NATTEN, UNFOLD, unfold_neighborhood_attention
-from regard.benchmark.peers_routed import FLEX_ROUTED, GATHER, gathered_routed_attention
+from regard.benchmark.peers_routed import FLEX_ROUTED, GATHER, PUBLISHED_GATHER, gathered_routed_attention
 from regard.simulation import NeighborhoodPattern, window_bounds
 
 
@@ -125,13 +125,14 @@ def lists(images: int, heads: int, rows: int, blocks: int, length: int) -> torch
     return found
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize(("images", "heads"), [(2, 3), (1, 1), (2, 1)])
-def test_gather_is_attention_under_the_lists_mask(images, heads):
+def test_gather_is_attention_under_the_lists_mask(images, heads, expanded):
     blocks = lists(images, heads, 4, 6, 3)
     query, _, _ = normal(2, 3, 20, 8)
     key, value, _ = normal(2, 3, 24, 8, seed=1)
     leaves = [one.requires_grad_() for one in (query, key, value)]
-    found = gathered_routed_attention(*leaves, blocks, 5, 4)
+    found = gathered_routed_attention(*leaves, blocks, 5, 4, expanded=expanded)
     expected = F.scaled_dot_product_attention(*leaves, attn_mask=listed_mask(blocks, 5, 4, 20, 24))
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(expected)
@@ -156,7 +157,8 @@ def test_compiled_flex_is_attention_under_the_lists_mask(images, heads):
     found = FLEX_ROUTED.make(case)(*tensors, blocks)
     expected = F.scaled_dot_product_attention(*tensors, attn_mask=listed_mask(blocks, 5, 4, 60, 60))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(GATHER.make(case)(*tensors, blocks=blocks), expected, rtol=1e-5, atol=1e-5)
+    for peer in (GATHER, PUBLISHED_GATHER):
+        torch.testing.assert_close(peer.make(case)(*tensors, blocks=blocks), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_published_formulations_compute_what_the_operators_compute():

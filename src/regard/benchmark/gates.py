@@ -28,6 +28,9 @@ __all__ = [
 
 _QUERIES = 256  # that are judged: float64 weights of all would not fit into memory at the sizes that matter
 _ORDERS = 4  # in which eager's error is taken
+# Of half a unit in float32 that a weight carries into every sum at least: its logit, exponential (a whole unit), total,
+# quotient, and the product with the value. Where a thousand queries look at one key with the same error, it shows.
+_ROUNDINGS = 6
 _NAMES = ("output", "grad_query", "grad_key", "grad_value")
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,9 +82,16 @@ def judge_attention(
     sizes = _differentiate(exact, [*doubled[:2], doubled[2].abs()], wide.abs(), backward)
     terms = [sizes[0], None, None, sizes[-1]]
     return tuple(
-        Judgement(name + what, largest_error(mine, best), error_budget(best, *theirs, terms=size))
+        Judgement(name + what, largest_error(mine, best), max(error_budget(best, *theirs, terms=size), _carried(size)))
         for what, mine, best, size, *theirs in zip(_NAMES, found, right, terms, *rough, strict=False)
     )
+
+
+def _carried(terms: Tensor | None) -> float:
+    """The error that weights bring along into a sum of terms so large."""
+    if terms is None or terms.numel() == 0:
+        return 0.0
+    return _ROUNDINGS * torch.finfo(torch.float32).eps / 2 * terms.max().item()
 
 
 def _differentiate(attend: Attend, tensors: Sequence[Tensor], gradient: Tensor, backward: bool) -> list[Tensor]:

@@ -238,7 +238,6 @@ def _recorded_inputs(settings: BenchSettings) -> Callable[[str, Case], dict[str,
         if name != "multipole":
             return None
         if case.tokens not in recorded:
-            recorded.clear()  # one size at a time: they are large
             (call,) = recorded_calls(weights, photo, PATCH * math.isqrt(case.tokens - 1), [_RECORDED_LAYER])
             parts = {"query": call.query, "key": call.key, "value": call.value}
             recorded[case.tokens] = {part: one.detach().clone() for part, one in parts.items()}
