@@ -1,6 +1,6 @@
 """Input factories and judgements that the tests of all attention operators share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +71,17 @@ def gapped(t: Tensor) -> Tensor:
     return view
 
 
+def far_apart(*tensors: Tensor) -> list[Tensor]:
+    """The same tensors of two images, which lie 2^31 elements apart: memory that is never touched costs nothing."""
+    memory = torch.empty((1 << 31) + sum(t[0].numel() for t in tensors), dtype=tensors[0].dtype)
+    moved, start = [], 0
+    for t in tensors:
+        strides = (1 << 31, *t[0].contiguous().stride())
+        moved.append(memory[start:].as_strided(t.shape, strides).copy_(t))
+        start += t[0].numel()
+    return moved
+
+
 LAYOUTS: dict[str, Layout] = {f.__name__: f for f in (contiguous, heads_last, channels_first, gapped)}
 
 
@@ -87,6 +98,19 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
     floor = torch.finfo(ours.dtype).eps * size.abs().max().item()
     budget = max(*(2.0 * other for other in others), floor) * ROUNDINGS
     assert error <= budget, f"error {error:.3g}, eager {others}, floor {floor:.3g}"
+
+
+def repeats_bit_for_bit(run: Callable[[], Sequence[Tensor]], *, tolerance: float) -> None:
+    """Twice the same with the same threads, and nearly the same with others."""
+    first = run()
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        for a, b in zip(first, run(), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Largest(TorchDispatchMode):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_cases import BACKENDS, Largest
+from attention_cases import BACKENDS, Largest, far_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -255,6 +255,12 @@ def test_strides_and_permutation():
     permuted = density_peak_clusters(x[:, order], 8)
     assert torch.equal(permuted.assignment, found.assignment[:, order])
     assert torch.equal(order[permuted.centers], found.centers)
+
+
+def test_strides_beyond_two_to_the_31_elements():
+    x = mixture(2, 64, 6).bfloat16()
+    found, want = density_peak_clusters(*far_apart(x), 8), density_peak_clusters(x, 8)
+    assert torch.equal(found.assignment, want.assignment)
 
 
 def test_no_gradient_and_no_change_of_the_input():

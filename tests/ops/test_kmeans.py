@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import BACKENDS, HALVES
+from attention_cases import BACKENDS, HALVES, far_apart
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import density_peak_clusters, explain, kmeans_clusters
@@ -129,6 +129,12 @@ def test_any_strides(backend: str, dtype: torch.dtype) -> None:
             found = kmeans_clusters(view, 7)
             assert torch.equal(found.assignment, want.assignment)
             torch.testing.assert_close(found.centroids, want.centroids)
+
+
+def test_strides_beyond_two_to_the_31_elements() -> None:
+    x = tokens(dtype=torch.bfloat16)
+    for found, want in zip(kmeans_clusters(*far_apart(x), 7), kmeans_clusters(x, 7), strict=True):
+        assert torch.equal(found, want)
 
 
 @everywhere

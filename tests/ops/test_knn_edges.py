@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, inputs
+from attention_cases import BACKENDS, Shape, far_apart, inputs
 
 from regard import knn_attention
 from regard.ops import only_backend
@@ -167,6 +167,11 @@ def test_logits_of_minus_infinity_are_hidden_keys(backend: str) -> None:
         output = knn_attention(query, key, value, topk=6)
         want = knn_attention(query, key[:, :, keep], value[:, :, keep], topk=6)
     torch.testing.assert_close(output, want)
+
+
+def test_strides_beyond_two_to_the_31_elements() -> None:
+    plain = [t.bfloat16() for t in tensors()]
+    assert torch.equal(knn_attention(*far_apart(*plain), topk=3), knn_attention(*plain, topk=3))
 
 
 def test_one_token() -> None:

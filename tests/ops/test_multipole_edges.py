@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, inputs
+from attention_cases import BACKENDS, Shape, far_apart, inputs
 from multipole_cases import attend, even_sizes, random_call
 
 from regard import multipole_attention
@@ -143,6 +143,12 @@ def test_masks_of_each_image_and_head(backend: str) -> None:
     with only_backend(backend):
         ours = multipole_attention(*plain, num_clusters=3, near=3, attn_mask=mask)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(*plain, attn_mask=mask))
+
+
+def test_strides_beyond_two_to_the_31_elements() -> None:
+    plain = [t.bfloat16() for t in tensors()]
+    options = {"num_clusters": 3, "near": 1}
+    assert torch.equal(multipole_attention(*far_apart(*plain), **options), multipole_attention(*plain, **options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, needs_kernels
+from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, needs_kernels, repeats_bit_for_bit
 from hypothesis import given, settings
 from neighborhood_cases import (
     attend,
@@ -177,15 +177,4 @@ def test_gradients_repeat_bit_for_bit(backend: str, grid: tuple[int, ...]) -> No
     call = random_call(pattern_of(grid, 5), Shape(batch=1, heads=3, key_heads=1), prefix=1, bias=True)
     grad_output = output_gradient(call)
 
-    def run():
-        return grads_of(lambda c: attend(c, backend), call, grad_output)
-
-    first = run()
-    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        for a, b in zip(first, run(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    finally:
-        torch.set_num_threads(threads)
+    repeats_bit_for_bit(lambda: grads_of(lambda c: attend(c, backend), call, grad_output), tolerance=1e-4)

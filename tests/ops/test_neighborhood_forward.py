@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, needs_kernels
+from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, far_apart, needs_kernels
 from hypothesis import given, settings
 from neighborhood_cases import attend, in_float64, judged, pattern_of, problems, random_call
 
@@ -120,11 +120,6 @@ def test_any_leading_dimensions(backend: str) -> None:
 
 @needs_kernels
 def test_strides_beyond_two_to_the_31_elements() -> None:
-    """Memory that is never touched costs nothing; an image far into it is found all the same."""
-    call = random_call(pattern_of((5, 6), 3), Shape(heads=1, key_heads=1), dtype=torch.bfloat16)
-    far = torch.empty((1 << 31) + 3 * 480, dtype=torch.bfloat16)
-    tensors = []
-    for i, plain in enumerate((call.query, call.key, call.value)):
-        tensors.append(far[i * 480 :].as_strided(plain.shape, (1 << 31, 480, 16, 1)).copy_(plain))
-    query, key, value = tensors
+    call = random_call(pattern_of((5, 6), 3), Shape(), dtype=torch.bfloat16)
+    query, key, value = far_apart(call.query, call.key, call.value)
     assert torch.equal(attend(dataclasses.replace(call, query=query, key=key, value=value)), attend(call))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, inputs, needs_kernels, within_budget
+from attention_cases import BACKENDS, HALVES, LAYOUTS, Shape, inputs, needs_kernels, repeats_bit_for_bit, within_budget
 from hypothesis import given, settings
 from routed_cases import (
     attend,
@@ -243,15 +243,4 @@ def test_gradients_repeat_bit_for_bit(backend: str) -> None:
     call = random_call(Shape(batch=1, heads=3, key_heads=1, queries=700, keys=90), 50, 8, 5, extra=3, bias="head")
     grad_output = output_gradient(call)
 
-    def run():
-        return grads_of(lambda c: attend(c, backend), call, grad_output)
-
-    first = run()
-    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        for a, b in zip(first, run(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)
+    repeats_bit_for_bit(lambda: grads_of(lambda c: attend(c, backend), call, grad_output), tolerance=1e-5)

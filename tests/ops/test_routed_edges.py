@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Shape, inputs
+from attention_cases import BACKENDS, Shape, far_apart, inputs
 from routed_cases import attend, grads_of, output_gradient, random_call
 
 from regard import routed_attention
@@ -156,6 +156,17 @@ def test_nothing_to_attend(size: tuple[int, ...], extra: int, backend: str) -> N
         grads = torch.autograd.grad(output.sum(), leaves)
     assert [g.shape for g in grads] == [t.shape for t in leaves]
     assert all((g == 0).all() for g in grads[:4])
+
+
+def test_strides_beyond_two_to_the_31_elements() -> None:
+    plain = [t.bfloat16() for t in tensors()]
+    extras = [t.bfloat16() for t in tensors(keys=2)[1:]]
+    options = {"blocks": torch.tensor([[0, 2], [1, -1]]), "query_block": 3, "key_block": 3}
+
+    def attend_with(query, key, value, extra_key, extra_value):
+        return routed_attention(query, key, value, extra_key=extra_key, extra_value=extra_value, **options)
+
+    assert torch.equal(attend_with(*far_apart(*plain, *extras)), attend_with(*plain, *extras))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
