@@ -99,8 +99,9 @@ def page(studies: list[ConversionStudy]) -> str:
             f"{settings['model']}, {rounds} rounds. {place.machine}, {place.threads} threads of {place.cores} cores, "
             f"{place.instruction_set}, torch {place.torch}, regard {place.regard} at {place.commit or 'no commit'}, "
             f"{place.date}. `{study.command}`",
+            "\n".join(f"- {note}" for note in study.notes),
         ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def main(arguments: Arguments) -> int:

@@ -170,7 +170,7 @@ def render_conversion(study: ConversionStudy) -> str:
         layers=layers_table(study),
         tuning=None if tuning is None else tuning_table(tuning),
         curve=None if tuning is None else _markup(trade_off(tuning), "curve"),
-        records=[one.record for one in study.models if one.record is not None],
+        records=[(one.name, one.record) for one in study.models if one.record is not None],
         settings=pairs(study.settings),
         environment=pairs(dataclasses.asdict(study.environment)),
     )

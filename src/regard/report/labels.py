@@ -1,12 +1,22 @@
-"""Mechanisms' short names in place of their whole texts, which a figure has no room for."""
+"""Mechanisms' names where their whole texts have no room."""
 
 import dataclasses
 import json
+import textwrap
 from typing import Any
 
 from regard.results import Comparison
 
-__all__ = ["labelled"]
+__all__ = ["labelled", "narrow"]
+
+
+def narrow(mechanism: str, width: int) -> str:
+    """A mechanism's text on lines of `width` characters: broken between its options, those left open dropped."""
+    if len(mechanism) <= width or "(" not in mechanism:
+        return mechanism
+    name, options = mechanism.split("(", 1)
+    told = ", ".join(option for option in options[:-1].split(", ") if not option.endswith("=None"))
+    return "\n".join([f"{name}(", *textwrap.wrap(f"{told})", width, break_long_words=False)])
 
 
 def labelled(comparison: Comparison) -> Comparison:

@@ -1,6 +1,6 @@
 """Attention maps: the same query in the same image, under each mechanism."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from regard.report.labels import narrow
 from regard.report.style import MUTED, Styles, looks, new_figure
 from regard.report.summary import mechanisms_of
 from regard.results import AttentionMap, Comparison, ConvertedPhoto
@@ -18,6 +19,8 @@ from regard.results import AttentionMap, Comparison, ConvertedPhoto
 __all__ = ["attention_maps", "draw_losses", "draw_map", "draw_query", "draw_rows", "map_rows"]
 
 _QUERY = "#ffffff"
+_HEAD_WIDTH = 15
+_BRIGHTEST = 1 / 200  # of a row's weights are drawn as bright as can be
 _LEAST_LOSS = 1e-3  # losses below are drawn like this one
 
 
@@ -43,16 +46,26 @@ def draw_rows(rows: Sequence[dict[str, AttentionMap]], columns: Sequence[str], s
     width = 1.55 * (1 + len(columns)) + 0.2
     figure, grid = new_figure(width, 1.86 * len(rows) + 0.3, nrows=len(rows), ncols=1 + len(columns), squeeze=False)
     for i, row in enumerate(rows):
-        peak = max(np.max(one.weights) for one in row.values())
+        peak = _peak(row.values())
         draw_query(grid[i][0], next(iter(row.values())))
         for j, name in enumerate(columns):
             axes = grid[i][j + 1]
             axes.axis("off")
             if name in row:
-                draw_map(axes, row[name], float(peak))
+                draw_map(axes, row[name], peak)
             if i == 0:
-                axes.set_title(name, color=styles[name].color, fontsize=9.5, loc="center")
+                _head(axes, name, styles)
     return figure
+
+
+def _head(axes: Axes, name: str, styles: Styles) -> None:
+    axes.set_title(narrow(name, _HEAD_WIDTH), color=styles[name].color, fontsize=9.5, loc="center")
+
+
+def _peak(maps: Iterable[AttentionMap]) -> float:
+    """The brightest colour's weight: one that few tokens exceed, or among thousands all but a few would look black."""
+    weights = np.concatenate([np.ravel(one.weights) for one in maps])
+    return float(np.quantile(weights, 1 - _BRIGHTEST)) or float(weights.max())
 
 
 def draw_losses(photos: Sequence[ConvertedPhoto], columns: Sequence[str], styles: Styles) -> Figure:
@@ -70,7 +83,7 @@ def draw_losses(photos: Sequence[ConvertedPhoto], columns: Sequence[str], styles
             worst = 1 - np.quantile(losses, 0.99)
             axes.set_xlabel(f"mean {1 - losses.mean():.4f}, worst 1 % {worst:.3f}", fontsize=8, color=MUTED)
             if i == 0:
-                axes.set_title(name, color=styles[name].color, fontsize=9.5, loc="center")
+                _head(axes, name, styles)
     for axes in grid.flat:
         _bare(axes)
     bar = figure.colorbar(shades, ax=list(grid[:, -1]), fraction=0.06, pad=0.03)

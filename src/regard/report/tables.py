@@ -1,6 +1,5 @@
 """The tables, as cells that the terminal and the page draw alike."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from regard.markdown import markdown_table
 from regard.report import wording
-from regard.report.labels import labelled
+from regard.report.labels import labelled, narrow
 from regard.report.summary import DIRECTIONS, Summary, baseline_of, largest_size, summarise
 from regard.results import Comparison
 
@@ -170,19 +169,10 @@ def rich_table(table: Table, title: str | None = None) -> RichTable:
     for row in table.rows:
         texts = []
         for i, cell in enumerate(row):
-            style, text = styles.get(cell.tone, ""), cell.text if i else _narrow(cell.text)
+            style, text = styles.get(cell.tone, ""), cell.text if i else narrow(cell.text, _NAME_WIDTH)
             texts.append(Text(f"{text}\n{_halved(cell.note)}" if cell.note else text, style=style))
         drawn.add_row(*texts)
     return drawn
-
-
-def _narrow(mechanism: str) -> str:
-    """A mechanism's text on lines that leave room for figures: broken between its options, those left open dropped."""
-    if len(mechanism) <= _NAME_WIDTH or "(" not in mechanism:
-        return mechanism
-    name, options = mechanism.split("(", 1)
-    told = ", ".join(option for option in options[:-1].split(", ") if not option.endswith("=None"))
-    return "\n".join([f"{name}(", *textwrap.wrap(f"{told})", _NAME_WIDTH, break_long_words=False)])
 
 
 def _halved(note: str) -> str:

@@ -41,7 +41,7 @@ TUNED = "tuned"
 _SHOWN_PHOTOS = 3
 _QUOTABLE = 10  # pictures from which on a fidelity may be quoted
 _ROUNDS = 5  # from which on quartiles tell something
-_MEMORY_SECONDS = 300.0
+_MEMORY_SECONDS = 60.0  # for a process to start, beside several times its forward
 
 
 def study_conversion(settings: ConvertSettings, *, show_progress: bool = True) -> ConversionStudy:
@@ -212,7 +212,7 @@ class _Job:
         if rounds < _ROUNDS:
             self.notes.append(f"The speed comes from {rounds} rounds (--seconds): too few to tell a small difference.")
         self.say("peak memory, in processes of their own")
-        peaks = self._peaks(list(models))
+        peaks = self._peaks({name: _MEMORY_SECONDS + 6 * one.median for name, one in timings.items()})
         found = []
         for name, model in models.items():
             with counting_flops() as counter:
@@ -236,7 +236,8 @@ class _Job:
             )
         return found
 
-    def _peaks(self, names: Sequence[str]) -> dict[str, int | None]:
+    def _peaks(self, patience: Mapping[str, float]) -> dict[str, int | None]:
+        """In bytes, by name; `patience` tells how many seconds each may take."""
         checkpoint = self.settings.checkpoint
         settings = {
             "name": self.settings.model,
@@ -246,17 +247,17 @@ class _Job:
         }
         common = {"settings": settings, "size": self.size, "picture": str(self.photos[0].resolve())}
         jobs = []
-        for name in names:
+        for name in patience:
             record = self.records.get(name)
             given = {**common, "pattern": None if record is None or not record.converted else _pattern(record)}
             jobs.append(Job("regard.studies.conversion:prepare_forward", arguments=given, warm_up=given))
-        peaks = measure_peaks(jobs, device=self.settings.device, timeout_seconds=_MEMORY_SECONDS)
+        peaks = measure_peaks(jobs, device=self.settings.device, timeout_seconds=sum(patience.values()))
         self.notes += [
             f"The peak memory of {name} was not measured: {peak.problem}"
-            for name, peak in zip(names, peaks, strict=True)
+            for name, peak in zip(patience, peaks, strict=True)
             if peak.problem
         ]
-        return {name: peak.bytes for name, peak in zip(names, peaks, strict=True)}
+        return {name: peak.bytes for name, peak in zip(patience, peaks, strict=True)}
 
     def _look(self, study: ConversionStudy) -> None:
         """Maps, losses and layers."""
