@@ -125,14 +125,13 @@ def lists(images: int, heads: int, rows: int, blocks: int, length: int) -> torch
     return found
 
 
-@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize(("images", "heads"), [(2, 3), (1, 1), (2, 1)])
-def test_gather_is_attention_under_the_lists_mask(images, heads, expanded):
+def test_gather_is_attention_under_the_lists_mask(images, heads):
     blocks = lists(images, heads, 4, 6, 3)
     query, _, _ = normal(2, 3, 20, 8)
     key, value, _ = normal(2, 3, 24, 8, seed=1)
     leaves = [one.requires_grad_() for one in (query, key, value)]
-    found = gathered_routed_attention(*leaves, blocks, 5, 4, expanded=expanded)
+    found = gathered_routed_attention(*leaves, blocks, 5, 4)
     expected = F.scaled_dot_product_attention(*leaves, attn_mask=listed_mask(blocks, 5, 4, 20, 24))
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(expected)
@@ -157,8 +156,23 @@ def test_compiled_flex_is_attention_under_the_lists_mask(images, heads):
     found = FLEX_ROUTED.make(case)(*tensors, blocks)
     expected = F.scaled_dot_product_attention(*tensors, attn_mask=listed_mask(blocks, 5, 4, 60, 60))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for peer in (GATHER, PUBLISHED_GATHER):
-        torch.testing.assert_close(peer.make(case)(*tensors, blocks=blocks), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(GATHER.make(case)(*tensors, blocks=blocks), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_published_gather_is_the_other_one(images):
+    case = Case(60, batch=2, heads=3, head_dim=16, options={"query_block": 5, "key_block": 4})
+    blocks = lists(images, 1, 12, 15, 4)
+    blocks[..., 0, :] = torch.arange(4)
+    leaves = [one.requires_grad_() for one in normal(2, 3, 60, 16)]
+    found, expected = (peer.make(case)(*leaves, blocks=blocks.clamp(min=0)) for peer in (PUBLISHED_GATHER, GATHER))
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    for mine, theirs in zip(*(torch.autograd.grad(one, leaves, gradient) for one in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for wrong in (lists(images, 3, 12, 15, 4), blocks - 1):
+        with pytest.raises(ValueError, match="blocks"):
+            PUBLISHED_GATHER.make(case)(*leaves, blocks=wrong)
 
 
 def test_published_formulations_compute_what_the_operators_compute():

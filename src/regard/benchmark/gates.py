@@ -28,9 +28,7 @@ __all__ = [
 
 _QUERIES = 256  # that are judged: float64 weights of all would not fit into memory at the sizes that matter
 _ORDERS = 4  # in which eager's error is taken
-# Of half a unit in float32 that a weight carries into every sum at least: its logit, exponential (a whole unit), total,
-# quotient, and the product with the value. Where a thousand queries look at one key with the same error, it shows.
-_ROUNDINGS = 6
+_ROUNDINGS = 5  # of half a unit: a weight's exponential (a whole unit), total and quotient, its product with the value
 _NAMES = ("output", "grad_query", "grad_key", "grad_value")
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,17 +79,29 @@ def judge_attention(
     # sum, which may cancel: hundreds of queries that look at one key leave little of what they send back.
     sizes = _differentiate(exact, [*doubled[:2], doubled[2].abs()], wide.abs(), backward)
     terms = [sizes[0], None, None, sizes[-1]]
+    relative = _error_of_weights(*doubled[:2])
     return tuple(
-        Judgement(name + what, largest_error(mine, best), max(error_budget(best, *theirs, terms=size), _carried(size)))
+        Judgement(
+            name + what,
+            largest_error(mine, best),
+            max(error_budget(best, *theirs, terms=size), 0.0 if size is None else relative * _largest(size)),
+        )
         for what, mine, best, size, *theirs in zip(_NAMES, found, right, terms, *rough, strict=False)
     )
 
 
-def _carried(terms: Tensor | None) -> float:
-    """The error that weights bring along into a sum of terms so large."""
-    if terms is None or terms.numel() == 0:
-        return 0.0
-    return _ROUNDINGS * torch.finfo(torch.float32).eps / 2 * terms.max().item()
+def _error_of_weights(query: Tensor, key: Tensor) -> float:
+    """The relative error that one weight may bring along into a sum, in float32.
+
+    A logit's rounding, in half units of what it sums, is the weight's relative error. Where one query sends back most
+    of a key's gradient (a class token that looks at itself), a few orders of eager's sums need not show it.
+    """
+    logit = _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1)) * query.shape[-1] ** -0.5
+    return (_ROUNDINGS + logit) * torch.finfo(torch.float32).eps / 2
+
+
+def _largest(x: Tensor) -> float:
+    return x.max().item() if x.numel() else 0.0
 
 
 def _differentiate(attend: Attend, tensors: Sequence[Tensor], gradient: Tensor, backward: bool) -> list[Tensor]:
@@ -240,6 +250,8 @@ def check_kmeans(x: Tensor, *, num_clusters: int, iterations: int = 2, **options
             order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed)).to(x.device)
             eager.append(_means(wide[:, order], assignment[:, order], before.centroids))
         eager.append(_averaged(wide, assignment, before.centroids))
+        origin = wide.mean(dim=1, keepdim=True)  # around it half types have as many digits as others
+        eager.append(_means(wide - origin, assignment, before.centroids - origin) + origin)
         error = largest_error(own, exact)
         judgements.append(Judgement(f"centroids {step}", error, error_budget(exact, *eager)))
         excess = _excess(x, found.centroids, found.assignment)

@@ -23,7 +23,9 @@ def _case(stage: int, region: int, quick: bool = False) -> Case:
 
 def _inputs(case: Case, dtype: str, device: str) -> dict[str, torch.Tensor]:
     """Normal tokens; each region lists the best regions by the products of mean queries and mean keys of all heads."""
-    tensors = normal_attention(case, dtype, device)
+    plain = normal_attention(case, dtype, device)
+    # In memory as a projection leaves them, channels last: that is what the published formulation works on.
+    tensors = {name: one.transpose(1, 2).contiguous().transpose(1, 2) for name, one in plain.items()}
     region = case.options["query_block"]
     means = [tensors[name].double().unflatten(2, (-1, region)).mean(dim=3) for name in ("query", "key")]
     affinity = torch.einsum("bhqd,bhkd->bqk", *means)
