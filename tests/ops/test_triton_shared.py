@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regard
 from regard.ops import _triton
-from regard.ops._triton import Config, first_that_fits, padded
+from regard.ops._triton import Config, first_that_fits, only_config, padded
 
 needs_triton = pytest.mark.skipif(bool(_triton.available()), reason=_triton.available() or "Triton is here")
 
@@ -88,6 +88,8 @@ def test_configs_are_pruned_by_the_device(monkeypatch) -> None:
         monkeypatch.setattr(_triton, "_shared_memory", lambda device, room=room: room)
         chosen.append(first_that_fits(configs, lambda config: config["ROWS"], torch.device("cuda")))
     assert chosen == configs
+    with only_config(configs[2]):
+        assert first_that_fits(configs[:2], lambda config: 0, torch.device("cuda")) == configs[2]
     assert chosen[0].options() == {"ROWS": 128, "num_warps": 8, "num_stages": 2}
     monkeypatch.setattr(_triton, "_shared_memory", lambda device: 15)
     with pytest.raises(RuntimeError, match="15 bytes .* needs 16"):

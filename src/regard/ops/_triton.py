@@ -4,11 +4,12 @@ Triton is imported when a kernel first runs, never by importing regard: that wou
 lie in its `triton.py`; beside `@triton.jit` functions it has launchers that take and return what the operator does.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,17 @@ from torch import Tensor
 
 from regard.ops._dispatch import Refusal, constant_when_traced
 
-__all__ = ["LARGEST_DIM", "Config", "available", "first_that_fits", "interpreted", "padded", "refusal", "register"]
+__all__ = [
+    "LARGEST_DIM",
+    "Config",
+    "available",
+    "first_that_fits",
+    "interpreted",
+    "only_config",
+    "padded",
+    "refusal",
+    "register",
+]
 
 LARGEST_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,12 +133,28 @@ def first_that_fits(configs: Sequence[Config], shared_memory: Callable[[Config],
     Raises:
         RuntimeError: none fits.
     """
+    if _only is not None:
+        return _only
     room = _shared_memory(device)
     for config in configs:
         if shared_memory(config) <= room:
             return config
     least = min(shared_memory(config) for config in configs)
     raise RuntimeError(f"the GPU has {room} bytes of shared memory a block; this kernel needs {least} at least")
+
+
+_only: Config | None = None
+
+
+@contextlib.contextmanager
+def only_config(config: Config) -> Iterator[None]:
+    """Within this context `first_that_fits` gives this config: for tests and timing."""
+    global _only
+    before, _only = _only, config
+    try:
+        yield
+    finally:
+        _only = before
 
 
 @functools.cache
