@@ -287,7 +287,7 @@ def mask_kernel(
     summed = tl.zeros([ROWS, KEYS], tl.float32)
     for b in range(first_batch, last_batch):
         for h in range(first_head, last_head):
-            batch, head = b.to(tl.int64), h.to(tl.int64)
+            batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
             held = mask_of(mask, batch, head, mask_b, mask_h, 2)
             before = (batch * heads + head) * queries
             for first in range(first_row, last_row, ROWS):
