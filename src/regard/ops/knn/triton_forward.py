@@ -9,8 +9,9 @@ kept in the order of the keys. Its passes:
 - counting at four thresholds, first around the guess, then where the counts put the k-th logit; each fourth time the
   floats in the bracket, in their order as integers, are cut in five equal parts, so that no distribution needs more
   than about 50 passes;
-- once few logits are left in every row's bracket, a pass that collects them: each lane of the tile keeps the largest
-  and the smallest that it meets. If that was all of them, as the counts tell, the k-th is found among them on chip.
+- once few logits are left in every row's bracket, a pass that collects them: each lane of the tile keeps the three
+  largest below hi that it meets, and the k-th is found among those on chip. What a lane missed is at most its third:
+  counts above that are certain, and so are all if as many were found as the bracket holds.
 
 `attend_kernel` is then one pass of softmax and values, with the row's maximum known beforehand.
 """
@@ -45,10 +46,10 @@ def _reaching(s, low, high, wanted):
 
 @triton.jit
 def _narrowed(lo, at_lo, hi, at_hi, threshold, count, topk):
-    """The bracket after `count` logits were found to reach `threshold`."""
-    enough = count >= topk
-    raised = enough & (threshold > lo)
-    lowered = (count < topk) & (threshold < hi)
+    """The bracket after `count` logits were found to reach `threshold`; unchanged if that is not inside (or NaN)."""
+    inside = (threshold > lo) & (threshold < hi)
+    raised = inside & (count >= topk)
+    lowered = inside & (count < topk)
     lo = tl.where(raised, threshold, lo)
     at_lo = tl.where(raised, count, at_lo)
     hi = tl.where(lowered, threshold, hi)
@@ -66,17 +67,18 @@ def _next_thresholds(lo, at_lo, hi, at_hi, hint, topk, EVEN_PARTS):
     """Four thresholds strictly inside each row's bracket, as ordered integers."""
     fifth = (hi - lo) // 5
     t1, t2, t3, t4 = lo + fifth, lo + 2 * fifth, lo + 3 * fifth, lo + 4 * fifth
-    # Between lo and hi logits are taken to lie evenly. Among c of them the k-th then lies within sqrt(c) / 2 places.
+    # Logits are taken to lie evenly between lo and hi. Of c the k-th then lies where it should, give or take a standard
+    # deviation of at most sqrt(c) / 2 places; three to either side are covered, since the rows of a block wait for all.
     low, high = real(lo), real(hi)
     left = (at_lo - at_hi).to(tl.float32)
     place = ((at_lo - topk).to(tl.float32) + 0.5) / left
     step = 0.5 / tl.sqrt(left)
     width = high - low
     even = (width != width) | (width == float("inf")) | EVEN_PARTS
-    t1 = tl.where(even, t1, ordered(low + (place - 1.5 * step) * width))
-    t2 = tl.where(even, t2, ordered(low + (place - 0.5 * step) * width))
-    t3 = tl.where(even, t3, ordered(low + (place + 0.5 * step) * width))
-    t4 = tl.where(even, t4, ordered(low + (place + 1.5 * step) * width))
+    t1 = tl.where(even, t1, ordered(low + (place - 3.0 * step) * width))
+    t2 = tl.where(even, t2, ordered(low + (place - step) * width))
+    t3 = tl.where(even, t3, ordered(low + (place + step) * width))
+    t4 = tl.where(even, t4, ordered(low + (place + 3.0 * step) * width))
     # A logit that may be the k-th itself: count what reaches it and what exceeds it. Ties end here.
     hinted = hint != NO_HINT
     t2 = tl.where(hinted, hint, t2)
@@ -85,34 +87,38 @@ def _next_thresholds(lo, at_lo, hi, at_hi, hint, topk, EVEN_PARTS):
 
 
 @triton.jit
-def _largest_of_lanes(most, least, lo, at_lo, hi, at_hi, done, topk):
-    """The bracket after collecting, and a hint for the rows whose logits were not all collected."""
-    two = least < most
-    first, second = most, tl.where(two, least, float("-inf"))
-    start = real(lo)
-    found = _count(first, start) + _count(second, start)
+def _count_slots(first, second, third, threshold):
+    return _count(first, threshold) + _count(second, threshold) + _count(third, threshold)
+
+
+@triton.jit
+def _narrowed_by_slots(first, second, third, lo, at_lo, hi, at_hi, done, topk):
+    """The bracket after collecting each lane's three largest below hi, and a hint for the rows that are not settled."""
+    found = _count_slots(first, second, third, real(lo))
     wanted = topk - at_hi
     a, at_a = lo, found
     b, at_b = hi, tl.zeros_like(found)
-    searching = (~done) & (b - a > 1) & (at_a != wanted)
+    searching = (~done) & (b - a > 1) & (at_a > wanted)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         middle = a + (b - a) // 2
-        threshold = real(middle)
-        count = _count(first, threshold) + _count(second, threshold)
+        count = _count_slots(first, second, third, real(middle))
         enough = searching & (count >= wanted)
         short = searching & (count < wanted)
         a = tl.where(enough, middle, a)
         at_a = tl.where(enough, count, at_a)
         b = tl.where(short, middle, b)
         at_b = tl.where(short, count, at_b)
-        searching = searching & (b - a > 1) & (at_a != wanted)
-    whole = (~done) & (found == at_lo - at_hi)
-    hint = tl.where(whole | done, NO_HINT, a)
-    lo = tl.where(whole, a, lo)
-    at_lo = tl.where(whole, at_hi + at_a, at_lo)
-    hi = tl.where(whole, b, hi)
-    at_hi = tl.where(whole, at_hi + at_b, at_hi)
-    return lo, at_lo, hi, at_hi, hint
+        searching = searching & (b - a > 1) & (at_a > wanted)
+    certain = ordered(tl.max(third, axis=1)) + 1
+    at_certain = at_hi + _count_slots(first, second, third, real(certain))
+    whole = (found == at_lo - at_hi) | (a >= certain)
+    nowhere = lo - 1
+    below, above = tl.where(whole, a, nowhere), tl.where(whole, b, nowhere)
+    at_below, at_above = at_hi + at_a, at_hi + at_b
+    lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, certain, at_certain, topk)
+    lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, below, at_below, topk)
+    lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, above, at_above, topk)
+    return lo, at_lo, hi, at_hi, tl.where(whole | done, NO_HINT, a)
 
 
 @triton.jit(do_not_specialize=["heads", "groups", "queries", "keys", "topk"])
@@ -159,7 +165,7 @@ def select_kernel(
     limit = tl.minimum(keys, first + ROWS) if CAUSAL else keys
     lanes = tl.arange(0, KEYS)
 
-    # A first guess, from a sample of the keys: thresholds one deviation of a sample's count to either side.
+    # A first guess, from a sample of the keys: one and three standard deviations of its count to either side.
     upper = tl.zeros([ROWS], tl.float32)
     lower = tl.zeros([ROWS], tl.float32)
     if topk < limit:
@@ -174,7 +180,7 @@ def select_kernel(
             upper += _reaching(s, low, high, wanted - deviation) / SAMPLES
             lower += _reaching(s, low, high, wanted + deviation) / SAMPLES
     middle, step = 0.5 * (upper + lower), 0.25 * (upper - lower)
-    u1, u2, u3, u4 = middle - 1.5 * step, middle - 0.5 * step, middle + 0.5 * step, middle + 1.5 * step
+    u1, u2, u3, u4 = middle - 3.0 * step, middle - step, middle + step, middle + 3.0 * step
 
     # All keys: how many are allowed, their extremes, and the first counts.
     n1 = tl.zeros([ROWS], tl.int32)
@@ -213,7 +219,8 @@ def select_kernel(
     done = settled | (at_lo == topk) | (hi - lo <= 1)
     while tl.min(done.to(tl.int32), axis=0) == 0:
         widest = tl.max(tl.where(done, 0, at_lo - at_hi), axis=0)
-        if (widest > KEYS // 4) | (collected == 1):
+        few = (widest <= KEYS // 4) | (limit <= 3 * KEYS)
+        if (~few) | (collected == 1):
             t1, t2, t3, t4 = _next_thresholds(lo, at_lo, hi, at_hi, hint, topk, turn % 4 == 3)
             turn += 1
             collected = 0
@@ -237,17 +244,23 @@ def select_kernel(
             hint = tl.full([ROWS], NO_HINT, tl.int64)
         else:
             collected = 1
-            bottom, top = real(lo), real(hi)
-            high = tl.full([ROWS, KEYS], float("-inf"), tl.float32)
-            low = tl.full([ROWS, KEYS], float("inf"), tl.float32)
+            top = real(hi)
+            first_of_lane = tl.full([ROWS, KEYS], float("-inf"), tl.float32)
+            second_of_lane = tl.full([ROWS, KEYS], float("-inf"), tl.float32)
+            third_of_lane = tl.full([ROWS, KEYS], float("-inf"), tl.float32)
             for start in range(0, limit, KEYS):
                 columns = start + lanes
                 k = load_tile(key, columns, keys, key_m, key_d, DIM, DIM_BLOCK)
                 s = logits_of_tile(q, k, rows, columns, queries, keys, scale, held, mask_n, mask_m, MASK, CAUSAL)
-                within = (s >= bottom[:, None]) & (s < top[:, None])
-                high = tl.maximum(high, tl.where(within, s, float("-inf")))
-                low = tl.minimum(low, tl.where(within, s, float("inf")))
-            lo, at_lo, hi, at_hi, hint = _largest_of_lanes(high, low, lo, at_lo, hi, at_hi, done, topk)
+                x = tl.where(s < top[:, None], s, float("-inf"))
+                smaller = tl.minimum(first_of_lane, x)
+                first_of_lane = tl.maximum(first_of_lane, x)
+                smallest = tl.minimum(second_of_lane, smaller)
+                second_of_lane = tl.maximum(second_of_lane, smaller)
+                third_of_lane = tl.maximum(third_of_lane, smallest)
+            lo, at_lo, hi, at_hi, hint = _narrowed_by_slots(
+                first_of_lane, second_of_lane, third_of_lane, lo, at_lo, hi, at_hi, done, topk
+            )
         done = settled | (at_lo == topk) | (hi - lo <= 1)
 
     place = plane.to(tl.int64) * queries + rows
