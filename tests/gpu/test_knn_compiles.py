@@ -47,7 +47,7 @@ def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture
         check(found, dtype, dim, config)
         for one in found:
             spilled = one.spilled()
-            assert spilled <= 256, f"{one.name}, {config}: {spilled} bytes of a thread's registers spill"
+            assert spilled <= 1024, f"{one.name}, {config}: {spilled} bytes of a thread's registers spill"
 
 
 @pytest.mark.slow

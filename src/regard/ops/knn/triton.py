@@ -50,12 +50,12 @@ def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
 def shared_memory(config: Config, dtype: torch.dtype, dim: int) -> int:
     """Bytes of shared memory that the hungriest kernel needs under a config, from above.
 
-    The tiles in flight (two of rows or of keys a stage), the two that stay, and two tiles of weights on their way from
-    sums to operands.
+    The two tiles that stay, the two of every stage in flight, the weights on their way from sums to operands, and the
+    rows' state.
     """
-    rows, keys, tile = config["ROWS"], config["KEYS"], padded(dim)
-    stages = max(config.num_stages, 1)
-    return dtype.itemsize * (2 * tile * (stages * max(rows, keys) + rows + keys) + 2 * rows * keys) + 4096
+    rows, keys, stages = config["ROWS"], config["KEYS"], max(config.num_stages, 1)
+    tiles = 2 * padded(dim) * max(stages * rows + keys, stages * keys + rows)
+    return dtype.itemsize * (tiles + rows * keys) + 24 * rows + 2048
 
 
 def _config(query: Tensor, value: Tensor) -> Config:

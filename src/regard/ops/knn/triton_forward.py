@@ -9,9 +9,10 @@ kept in the order of the keys. Its passes:
 - counting at four thresholds, first around the guess, then where the counts put the k-th logit; each fourth time the
   floats in the bracket, in their order as integers, are cut in five equal parts, so that no distribution needs more
   than about 50 passes;
-- once few logits are left in every row's bracket, a pass that collects them: each lane of the tile keeps the three
-  largest below hi that it meets, and the k-th is found among those on chip. What a lane missed is at most its third:
-  counts above that are certain, and so are all if as many were found as the bracket holds.
+- once few logits are left in every row's bracket, or counting leads nowhere, a pass that collects them: each lane of the
+  tile keeps the three largest below hi that it meets, and the k-th is found among those on chip. What a lane missed is
+  at most its third: counts above that are certain, and so are all if as many were found as the bracket holds. If they
+  are not, what was found is counted next.
 
 `attend_kernel` is then one pass of softmax and values, with the row's maximum known beforehand.
 """
@@ -111,6 +112,12 @@ def _narrowed_by_slots(first, second, third, lo, at_lo, hi, at_hi, done, topk):
         searching = searching & (b - a > 1) & (at_a > wanted)
     certain = ordered(tl.max(third, axis=1)) + 1
     at_certain = at_hi + _count_slots(first, second, third, real(certain))
+    from_a = real(a)[:, None]
+    candidates = tl.minimum(
+        tl.where(third >= from_a, third, float("inf")),
+        tl.minimum(tl.where(second >= from_a, second, float("inf")), tl.where(first >= from_a, first, float("inf"))),
+    )
+    candidate = ordered(tl.min(candidates, axis=1))
     whole = (found == at_lo - at_hi) | (a >= certain)
     nowhere = lo - 1
     below, above = tl.where(whole, a, nowhere), tl.where(whole, b, nowhere)
@@ -118,7 +125,7 @@ def _narrowed_by_slots(first, second, third, lo, at_lo, hi, at_hi, done, topk):
     lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, certain, at_certain, topk)
     lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, below, at_below, topk)
     lo, at_lo, hi, at_hi = _narrowed(lo, at_lo, hi, at_hi, above, at_above, topk)
-    return lo, at_lo, hi, at_hi, tl.where(whole | done, NO_HINT, a)
+    return lo, at_lo, hi, at_hi, tl.where(whole | done, NO_HINT, candidate)
 
 
 @triton.jit(do_not_specialize=["heads", "groups", "queries", "keys", "topk"])
@@ -216,11 +223,14 @@ def select_kernel(
     hint = tl.full([ROWS], NO_HINT, tl.int64)
     turn = 0
     collected = 0
+    widest_before = keys + keys + 1
     done = settled | (at_lo == topk) | (hi - lo <= 1)
     while tl.min(done.to(tl.int32), axis=0) == 0:
         widest = tl.max(tl.where(done, 0, at_lo - at_hi), axis=0)
-        few = (widest <= KEYS // 4) | (limit <= 3 * KEYS)
+        # Many ties are never few, and counting does not part them: collecting shows their value, to be counted next.
+        few = (widest <= KEYS // 4) | (limit <= 3 * KEYS) | (2 * widest > widest_before)
         if (~few) | (collected == 1):
+            widest_before = widest
             t1, t2, t3, t4 = _next_thresholds(lo, at_lo, hi, at_hi, hint, topk, turn % 4 == 3)
             turn += 1
             collected = 0
