@@ -9,7 +9,7 @@ kept in the order of the keys. Its passes:
 - counting at four thresholds, first around the guess, then where the counts put the k-th logit; each fourth time the
   floats in the bracket, in their order as integers, are cut in five equal parts, so that no distribution needs more
   than about 50 passes;
-- once few logits are left in every row's bracket, or counting leads nowhere, a pass that collects them: each lane of the
+- once few logits are left in every row's bracket, or counting leads nowhere, a pass that collects them: each lane of a
   tile keeps the three largest below hi that it meets, and the k-th is found among those on chip. What a lane missed is
   at most its third: counts above that are certain, and so are all if as many were found as the bracket holds. If they
   are not, what was found is counted next.
