@@ -41,6 +41,7 @@ from regard.markdown import markdown_table
 from regard.ops import _triton, knn_attention, only_backend
 from regard.results import write_text
 
+DEVICE, BACKEND = "cuda", "triton"
 DTYPES = ("bfloat16", "float16", "float32")
 BOTH = (FORWARD, FORWARD_BACKWARD)
 
@@ -104,8 +105,8 @@ def _masks_of_knn(dtype: str) -> tuple[str, bool]:
     told, passed = [], True
 
     def gradients(kind: torch.dtype, bias: torch.Tensor, backend: str) -> list[torch.Tensor]:
-        leaves = [one.to("cuda", kind).requires_grad_() for one in tensors]
-        bias = bias.to("cuda", torch.promote_types(kind, torch.float32)).requires_grad_()
+        leaves = [one.to(DEVICE, kind).requires_grad_() for one in tensors]
+        bias = bias.to(DEVICE, torch.promote_types(kind, torch.float32)).requires_grad_()
         with only_backend(backend):
             output = knn_attention(*leaves, topk=20, attn_mask=bias, is_causal=True, enable_gqa=True)
         return [output.detach(), *torch.autograd.grad(output.sum(), [*leaves, bias])]
@@ -116,7 +117,7 @@ def _masks_of_knn(dtype: str) -> tuple[str, bool]:
         bias = torch.randint(-8, 9, size, generator=generator) / 8
         exact = gradients(torch.float64, bias, "pytorch")
         eager = gradients(getattr(torch, dtype), bias, "pytorch")
-        own = gradients(getattr(torch, dtype), bias, "triton")
+        own = gradients(getattr(torch, dtype), bias, BACKEND)
         # A bias that many logits share has a small gradient, a sum of large ones: those are its rounding's scale.
         summed = gradients(torch.float64, bias.expand(2, 4, 150, 150), "pytorch")[4].abs().sum_to_size(size)
         strain = max(
@@ -225,9 +226,9 @@ def check(room: Room, entry: Entry, found: Findings, left: Callable[[], float]) 
 
 
 def _judge(entry: Entry, case: Case, dtype: str) -> tuple[str, bool]:
-    tensors = entry.inputs(case, dtype, "cuda")
+    tensors = entry.inputs(case, dtype, DEVICE)
     chosen = regard.explain(entry.operator, **tensors, **case.options)
-    if chosen.backend != "triton":
+    if chosen.backend != BACKEND:
         return f"RED: {'; '.join(str(chosen).splitlines())}", False
     gate = entry.gate(case, tensors, True)
     runs = [prepared_call(entry.own(case), tensors, FORWARD_BACKWARD)() for _ in range(2)]
@@ -252,7 +253,7 @@ def measure(room: Room, entry: Entry, found: Findings, left: Callable[[], float]
 
 def _time(entry: Entry, timed: Timed, direction: str, row: dict[str, str], found: Findings) -> list[dict[str, str]]:
     case, dtype = timed.case, "bfloat16"
-    sets = input_sets(entry.inputs(case, dtype, "cuda"))
+    sets = input_sets(entry.inputs(case, dtype, DEVICE))
     calls = {"own": OnGPU([prepared_call(entry.own(case), one, direction) for one in sets])}
     beside: dict[str, str] = {}
     for peer in entry.peers:
@@ -297,7 +298,7 @@ def tune(room: Room, entry: Entry, found: Findings, left: Callable[[], float]) -
                     continue
                 try:
                     with _triton.only_config(config):
-                        tensors = entry.inputs(case, dtype, "cuda")
+                        tensors = entry.inputs(case, dtype, DEVICE)
                         calls = {way: OnGPU([prepared_call(entry.own(case), tensors, way)]) for way in BOTH}
                         times = interleave(calls, budget_seconds=1.0, max_rounds=50)
                     told = ", ".join(f"{way} {1e3 * times[way].median:.3f} ms" for way in BOTH)
@@ -357,7 +358,7 @@ def run(name: str, stage: str, seconds: float) -> Findings:
 
 
 def page(found: dict[str, Findings], seconds: float) -> str:
-    place = environment("cuda")
+    place = environment(DEVICE)
     tables = [
         ("Correctness", [row for one in found.values() for row in one.checks]),
         ("Time", [row for one in found.values() for row in one.times]),

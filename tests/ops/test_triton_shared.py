@@ -68,6 +68,12 @@ def test_explain_names_triton_on_a_gpu_and_why_it_refuses() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("operator", ["knn_attention", "knn_attention_backward"])
+def test_kernels_are_registered_for_the_gpu(operator: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"regard::{operator}", "CUDA")
+
+
+@needs_triton
 def test_a_refused_call_of_the_bare_operator_is_computed_by_pytorch(monkeypatch) -> None:
     """What is registered for CUDA tensors; here it is given CPU tensors, which it refuses."""
     registered = []
