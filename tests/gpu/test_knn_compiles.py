@@ -27,10 +27,9 @@ def check(found, dtype, dim, config):
         assert one.shared <= limit, f"{one.name}: {one.shared} bytes of shared memory, reckoned {limit}"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_training_step_compiles(architecture: int) -> None:
+def test_a_training_step_compiles() -> None:
     config = configurations(torch.bfloat16, 64)[0]
-    with compiling(kernels, architecture) as found:
+    with compiling(kernels, 90) as found:
         launch(torch.bfloat16, 64, config)
     assert [one.name for one in found] == KERNELS
     check(found, torch.bfloat16, 64, config)
