@@ -24,10 +24,10 @@ def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
     All kernels of a call share one: the backward's logits are then the forward's (see triton_logits).
     """
     tile = padded(dim)
-    if dtype == torch.float32:  # products without tensor cores: operands and sums lie in registers
+    if dtype == torch.float32:  # no tensor cores: operands of a whole product lie in registers, and larger tiles spill
         if tile <= 64:
-            return [Config.of(ROWS=64, KEYS=32, num_warps=8), Config.of(ROWS=32, KEYS=32)]
-        return [Config.of(ROWS=32, KEYS=32, num_warps=8), Config.of(ROWS=16, KEYS=16, num_warps=4, num_stages=1)]
+            return [Config.of(ROWS=32, KEYS=32, num_warps=8, num_stages=1), Config.of(ROWS=16, KEYS=16, num_stages=1)]
+        return [Config.of(ROWS=16, KEYS=16, num_warps=8, num_stages=1)]
     if tile <= 64:
         return [
             Config.of(ROWS=128, KEYS=64, num_warps=8, num_stages=3),
