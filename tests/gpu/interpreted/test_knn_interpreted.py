@@ -44,7 +44,7 @@ def in_the_operators_place() -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("fraction", [0.01, 0.3, pytest.param(0.7, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -59,10 +59,11 @@ def test_equals_the_specification(shape: Shape, fraction: float) -> None:
     state_agrees(call_of(*inputs(shape), max(1, int(shape.keys * fraction))))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype"), zip(LAYOUTS, (torch.float32, *HALVES, torch.bfloat16), strict=True), ids=str
+)
 def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
-    call = call_of(*(LAYOUTS[layout](t) for t in inputs(Shape(1, 2, 1, 20, 33, 16, 24), dtype=dtype)), 9)
+    call = call_of(*(LAYOUTS[layout](t) for t in inputs(Shape(1, 2, 1, 18, 33, 16, 24), dtype=dtype)), 9)
     state_agrees(call)
     check_gradients(call)
 
@@ -104,12 +105,13 @@ def test_a_boolean_mask(topk: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [(2, 2, 20, 20), (1, 2, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20), (1, 1, 1, 20), (1, 2, 20, 1), (1, 1, 1, 1)]
+    ("size", "causal"),
+    [((2, 2, 18, 18), False), ((1, 2, 18, 18), True), ((1, 1, 18, 18), False), ((2, 1, 1, 18), True)]
+    + [((1, 1, 1, 18), False), ((1, 2, 18, 1), True), ((1, 1, 1, 1), True)],
 )
-@pytest.mark.parametrize("causal", [False, True])
 def test_a_float_mask_and_its_gradient(size: tuple[int, ...], causal: bool) -> None:
     mask = torch.randint(-8, 9, size, generator=torch.Generator().manual_seed(1)) / 8
-    call = call_of(*inputs(Shape(2, 2, 1, 20, 20)), 5, mask, causal)
+    call = call_of(*inputs(Shape(2, 2, 1, 18, 18)), 5, mask, causal)
     state_agrees(call)
     check_gradients(call)
 
@@ -133,6 +135,7 @@ def awkward(kind: str, keys: int, g: torch.Generator) -> torch.Tensor:
     return row.masked_fill(torch.rand(keys, generator=g) > 0.3, -torch.inf) if kind == "hidden" else row
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 300), st.floats(0.001, 1.0), st.integers(0, 1000))
 def test_selection_of_awkward_rows(keys: int, fraction: float, seed: int) -> None:
@@ -144,6 +147,10 @@ def test_selection_of_awkward_rows(keys: int, fraction: float, seed: int) -> Non
     _, _, kth, tie = knn_attention_op(query, key, value, mask[None, None], topk, False, 1.0)
     _, want_kth, want_tie = selection_state(mask, kept_by_stable_sort(mask, topk), topk)
     assert torch.equal(kth[0, 0], want_kth) and torch.equal(tie[0, 0], want_tie)
+
+
+def test_selection_of_every_kind_of_row() -> None:
+    test_selection_of_awkward_rows.hypothesis.inner_test(100, 0.2, 0)
 
 
 @pytest.mark.parametrize("size", [(0, 2, 5, 7), (2, 0, 5, 7), (1, 2, 0, 7), (1, 2, 5, 0), (0, 0, 0, 0)])
@@ -165,11 +172,11 @@ def test_backward_selects_what_the_forward_selected() -> None:
     g = torch.Generator().manual_seed(0)
     distinct = torch.randn(12, 24, generator=g)
     key = distinct[torch.randint(12, (100,), generator=g)].expand(1, 1, 100, 24)
-    query = torch.randn(1, 1, 20, 24, generator=g)
+    query = torch.randn(1, 1, 18, 24, generator=g)
     eye = torch.eye(100)[None, None].requires_grad_()
     weights = knn_attention_op(query, key, eye, None, 17, False, 24**-0.5)[0]
     assert ((weights > 0).sum(dim=-1) == 17).all()
-    for row in range(20):
+    for row in range(0, 18, 4):
         pick = torch.zeros_like(weights)
         pick[0, 0, row] = 1.0
         (grad,) = torch.autograd.grad(weights, eye, pick, retain_graph=True)
