@@ -118,15 +118,16 @@ def _masks_of_knn(dtype: str) -> tuple[str, bool]:
         exact = gradients(torch.float64, bias, "pytorch")
         eager = gradients(getattr(torch, dtype), bias, "pytorch")
         own = gradients(getattr(torch, dtype), bias, BACKEND)
-        # The scale of rounding: each term counts twice, as its weight is rounded. A bias that many logits share has a
-        # small gradient, a sum of large ones: those, and half the root of their number, the probable growth in a sum.
-        summed = gradients(torch.float64, bias.expand(2, 4, 150, 150), "pytorch")[4].abs().sum_to_size(size)
-        summed *= 2.0 + 0.5 * 150**0.5
+        # The scale of rounding: a term counts twice, as its weight is rounded, and half the root of their number is the
+        # probable growth in a sum. In half types the result's own rounding is larger than that of its terms.
+        growth = 2.0 + 0.5 * 150**0.5
+        scales = [(growth if dtype == "float32" else 2.0) * one for one in exact[:4]]
+        # A bias that many logits share has a small gradient, a sum of large ones.
+        alone = gradients(torch.float64, bias.expand(2, 4, 150, 150), "pytorch")[4]
+        scales.append(growth * alone.abs().sum_to_size(size))
         strain = max(
             largest_error(mine, true) / error_budget(true, one, terms=terms)
-            for mine, true, one, terms in zip(
-                own, exact, eager, [*(2.0 * one for one in exact[:4]), summed], strict=True
-            )
+            for mine, true, one, terms in zip(own, exact, eager, scales, strict=True)
         )
         passed &= strain <= 1.0
         told.append(f"bias {size}: {strain:.2f} of the budget")
