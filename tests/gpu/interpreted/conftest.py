@@ -1,7 +1,8 @@
 """Every test here runs with uninitialised memory poisoned: what torch.empty gives is NaN, or the largest integer.
 
 And with bfloat16 as GPUs have it. Triton's interpreter (3.6, 3.9) keeps it as 16-bit integers, which its tl.dot
-multiplies as such, and rounds float32 to it toward zero, where GPUs round to nearest.
+multiplies as such, and rounds float32 to it toward zero, where GPUs round to nearest. (And 3.6 takes scalars for
+indices in a way that numpy 2.4 no longer allows.)
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from triton.runtime import interpreter
 
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -40,11 +42,17 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def _with_index(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_as_on_a_gpu() -> Iterator[None]:
+def interpreter_as_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", _convert)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(interpreter, "_patch_lang_tensor", _with_index)
         yield
 
 
