@@ -146,7 +146,7 @@ def test_explain_names_the_backend_and_every_refusal() -> None:
     for reason, args, options in cases:
         found = regard.explain("knn_attention", *args, topk=3, **options)
         assert found.backend == "pytorch" and reason in str(found)
-        assert dict(found.refusals).keys() == {"cpu"}
+        assert dict(found.refusals).keys() == {"cpu", "triton"}
 
 
 def test_explain_refuses_what_it_does_not_know() -> None:

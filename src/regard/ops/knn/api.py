@@ -1,6 +1,7 @@
 """knn_attention: the checked entry."""
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from regard.ops._arguments import canonical_mask, check_dropout, check_scale, check_tensors, fold, lowered_for_autocast
 from regard.ops._counts import share_of
 from regard.ops._dispatch import Operator
+from regard.ops._operator import TritonBackend
 from regard.ops.knn.call import KNNCall
 from regard.ops.knn.cpu import CPUBackend
 from regard.ops.knn.eager import PyTorchBackend
+from regard.ops.knn.op import knn_attention_op
 
 __all__ = ["OPERATOR", "check_topk", "knn_attention"]
 
@@ -106,6 +109,12 @@ def _bind(
     return KNNCall(query, key, value, mask, kept, float(dropout_p), bool(is_causal), float(scale)), lead
 
 
+def _attend(*operands: Any) -> Tensor:
+    return knn_attention_op(*operands)[0]
+
+
 OPERATOR = Operator(
-    "knn_attention", lambda *args, **kwargs: _bind(*args, **kwargs)[0], (CPUBackend(), PyTorchBackend())
+    "knn_attention",
+    lambda *args, **kwargs: _bind(*args, **kwargs)[0],
+    (CPUBackend(), TritonBackend(_attend), PyTorchBackend()),
 )

@@ -1,6 +1,7 @@
 """A checked call of k-NN attention: what every backend is given."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -32,3 +33,7 @@ class KNNCall:
     def groups(self) -> int:
         """How many query heads share a key head."""
         return self.query.shape[1] // self.key.shape[1] if self.key.shape[1] else 1
+
+    def operands(self) -> tuple[Any, ...]:
+        """The arguments of the operator in op.py."""
+        return self.query, self.key, self.value, self.attn_mask, self.topk, self.is_causal, self.scale

@@ -28,6 +28,4 @@ class CPUBackend:
         return refusal_of_modes(call.dropout_p)
 
     def run(self, call: KNNCall) -> Tensor:
-        return knn_attention_op(
-            call.query, call.key, call.value, call.attn_mask, call.topk, call.is_causal, call.scale
-        )[0]
+        return knn_attention_op(*call.operands())[0]

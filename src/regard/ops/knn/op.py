@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
+from regard.ops import _library, _triton
 from regard.ops._arguments import heads_last
 from regard.ops._operator import second_gradients
 from regard.ops._selection import kept_by_threshold
@@ -144,6 +144,8 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 # What a machine without the compiled kernels has in their place.
 torch.library.impl("regard::knn_attention", "CompositeExplicitAutograd", _pytorch_forward)
 torch.library.impl("regard::knn_attention_backward", "CompositeExplicitAutograd", _pytorch_backward)
+_triton.register("knn_attention", "regard.ops.knn.triton", "forward", _pytorch_forward)
+_triton.register("knn_attention_backward", "regard.ops.knn.triton", "backward", _pytorch_backward)
 torch.library.register_autograd("regard::knn_attention", _gradient, setup_context=_setup)
 torch.library.register_autograd("regard::knn_attention_backward", _double_backward, setup_context=_setup_backward)
 
