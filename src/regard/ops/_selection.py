@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["kept_by_stable_sort", "kept_by_threshold", "raised", "selection_state", "softmax_of_kept"]
+__all__ = [
+    "kept_above_kth",
+    "kept_by_stable_sort",
+    "kept_by_threshold",
+    "raised",
+    "selection_state",
+    "softmax_of_kept",
+]
 
 
 def raised(tensor: Tensor) -> Tensor:
@@ -25,11 +32,17 @@ def kept_by_threshold(scores: Tensor, topk: int) -> Tensor:
         return kept
     if topk == 0:
         return torch.zeros_like(kept)
+    return kept_above_kth(scores, topk)
+
+
+def kept_above_kth(scores: Tensor, topk: int) -> Tensor:
+    """kept_by_threshold for 1 <= topk <= M; asks nothing of the sizes, so a trace of it serves them all."""
     kth = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, tied = scores > kth, scores == kth
     room = topk - above.sum(dim=-1, keepdim=True)
     # A NaN is no number's equal: kept explicitly, so that it reaches the output as in SDPA.
-    return kept & (above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan())
+    kept = above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan()
+    return kept & (scores != float("-inf"))
 
 
 def softmax_of_kept(scores: Tensor, kept: Tensor) -> Tensor:

@@ -56,7 +56,14 @@ def _by_block(tensor: Tensor, size: int) -> Tensor:
     """(B, H, N, D) -> (B, H, ceil(N / size), size, D), zeros behind the last token."""
     blocks = -(-tensor.shape[2] // size)
     missing = blocks * size - tensor.shape[2]
-    return (pad(tensor, (0, 0, 0, missing)) if missing else tensor).unflatten(2, (blocks, size))
+    if isinstance(missing, torch.SymInt):  # a size that torch.export leaves open: `pad` would ask whether it is 0
+        places = torch.arange(blocks * size, device=tensor.device)
+        behind = (places >= tensor.shape[2]).unsqueeze(1)
+        tensor = tensor.index_select(2, places.clamp(max=tensor.shape[2] - 1))
+        tensor = tensor & ~behind if tensor.dtype == torch.bool else tensor.masked_fill(behind, 0)
+    elif missing:
+        tensor = pad(tensor, (0, 0, 0, missing))
+    return tensor.unflatten(2, (blocks, size))
 
 
 def key_blocks(call: RoutedCall) -> KeyBlocks:
