@@ -102,7 +102,18 @@ def _translations() -> dict[Any, Any]:
             return op.Mod(self, other)  # it has the divisor's sign, as torch's has
         return op.Sub(self, op.Mul(op.Floor(op.Div(self, other)), other))
 
+    def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+        """The exporter writes every bound in float32 first, where the lowest float64 is minus infinity."""
+        bounds = [
+            op.Constant(value=onnxscript.ir.tensor(bound, dtype=self.dtype))
+            if isinstance(bound, int | float)
+            else bound
+            for bound in (min, max)
+        ]
+        return op.Clip(self, *bounds)
+
     return {
+        torch.ops.aten.clamp.default: clamp,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.aten.remainder.Scalar: remainder,
         operator.floordiv: floor_division,

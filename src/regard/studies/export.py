@@ -146,6 +146,9 @@ def _export(model: nn.Module, images: Tensor, settings: ExportSettings) -> Run:
         raise SettingsError("format", str(error)) from error
     except (ValueError, NotImplementedError) as error:
         raise SettingsError("dynamic", " ".join(str(error).split())[:600]) from error
+    except RuntimeError as error:  # of torch's exporter, of AOTInductor, and of the compiler that it calls
+        told = " ".join(str(error).split())[:600]
+        raise SettingsError("format", f"{settings.model} cannot be written as {settings.format}: {told}") from error
 
 
 def _onnx_session(file: Path) -> Run:
