@@ -147,30 +147,24 @@ def tried(check: Callable[..., str], *arguments: object) -> str:
 
 
 def rows(dtypes: tuple[str, ...]) -> list[tuple[str, ...]]:
-    found = []
-    for name, kind, backend in itertools.product(OPERATORS, dtypes, BACKENDS):
+    found, as_onnx = [], {}
+    for kind, name, backend in itertools.product(dtypes, OPERATORS, BACKENDS):
         call, dtype = CALLS[name], getattr(torch, kind)
         if backend == "cpu" and kind == "float64":
             found.append((name, kind, backend, *["refused"] * 5))
             continue
         one = (call, dtype, backend)
-        print(f"{name}, {kind}, {backend}", file=sys.stderr)
         try:
             forward, backward = errors(*one)
         except Exception as error:
             print(f"errors{one}: {error}", file=sys.stderr)
             forward = backward = "no"
-        found.append(
-            (
-                name,
-                kind,
-                backend,
-                forward,
-                backward,
-                *(tried(check, *one) for check in (compiles, exports, runs_as_onnx)),
-            )
-        )
-    return found
+        if (name, kind) not in as_onnx:  # the file is the same for both
+            as_onnx[name, kind] = tried(runs_as_onnx, *one)
+        row = (name, kind, backend, forward, backward, tried(compiles, *one), tried(exports, *one), as_onnx[name, kind])
+        print(row, file=sys.stderr)
+        found.append(row)
+    return sorted(found, key=lambda row: (OPERATORS.index(row[0]), DTYPES.index(row[1]), row[2]))
 
 
 def page(found: list[tuple[str, ...]]) -> str:

@@ -87,7 +87,7 @@ def listed(call: RoutedCall, memory: KeyBlocks, blocks: slice) -> Listed:
         found = flat.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, flat.shape[3]))
         return found.reshape(batch, heads, rows, count * call.key_block, *tensor.shape[4:])
 
-    shown = gathered(memory.shown) & (lists >= 0).repeat_interleave(call.key_block, dim=-1)
+    shown = gathered(memory.shown) & (lists >= 0).unsqueeze(4).expand(-1, -1, -1, -1, call.key_block).flatten(3)
     hidden = ~shown.unsqueeze(-1)
     return Listed(
         gathered(memory.key).masked_fill(hidden, 0.0), gathered(memory.value).masked_fill(hidden, 0.0), shown, index
