@@ -1,6 +1,6 @@
 """Write docs/support.md: what works for each operator, dtype and backend, found by running it.
 
-    python tools/support.py            runs everything (about two minutes) and writes the page
+    python tools/support.py            runs everything (five to ten minutes) and writes the page
     python tools/support.py --quick    float32 only, and prints
 
 Errors are those of this machine; what works is held by the tests.
@@ -41,7 +41,7 @@ TEXT = f"""{NOTICE}
 
 Each cell was run: {" x ".join(map(str, SHAPE))} (batch, heads, tokens, head_dim), standard normal numbers.
 
-- *forward*, *backward*: the largest error against the reference in float64 on the same inputs, as a share of the
+- *forward*, *backward*: the largest error against the PyTorch path in float64 on the same inputs, as a share of the
   largest output or gradient. One unit in the last place is 1.2e-07 of float32, 7.8e-03 of bfloat16, 9.8e-04 of float16.
 - *compile*: `torch.compile(fullgraph=True, dynamic=True)`, forward and backward, gives the same at two sizes with one
   graph (backend `aot_eager`; inductor is in the slow tests).
@@ -50,7 +50,8 @@ Each cell was run: {" x ".join(map(str, SHAPE))} (batch, heads, tokens, head_dim
   It holds the operator's reference, so it is the same for both backends.
 
 k-means and density peaks have no gradient; their *backward* is that of the tokens merged by their clusters. A half
-type is computed in float32 inside. What a backend refuses (`regard.explain` tells why) is left to the PyTorch path,
+type is computed in float32 inside. onnxruntime has no bfloat16 addition on the processor, which the k-means call makes
+after the operator: hence its *no*. What a backend refuses (`regard.explain` tells why) is left to the PyTorch path,
 with one warning.
 """
 
