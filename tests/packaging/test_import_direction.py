@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "regard"
 # room -> the rooms that it may import, beyond itself. `report` draws what it is given, from results alone.
 _PLAIN = {"cards", "markdown", "results", "simulation"}
 _LOW = {*_PLAIN, "specs", "ops"}
-_MIDDLE = {*_LOW, "mixers", "reduction", "losses", "backbones", "models", "data", "conversion"}
+_MIDDLE = {*_LOW, "mixers", "reduction", "losses", "backbones", "models", "data", "conversion", "export"}
 ALLOWED: dict[str, set[str]] = {
     "cards": {"markdown"},
     "markdown": set(),
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {*_LOW, "mixers", "reduction"},
     "data": set(_PLAIN),
     "conversion": {*_LOW, "mixers"},
+    "export": _LOW,
     "report": {"markdown", "results"},
     "benchmark": _MIDDLE,
     "training": _MIDDLE,

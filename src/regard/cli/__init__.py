@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
-_COMMANDS = ("compare", "convert", "bench", "simulate", "list", "doctor")
+_COMMANDS = ("compare", "convert", "export", "bench", "simulate", "list", "doctor")
 _DESCRIPTION = "Attention in vision: every token looks at the few others that matter."
 
 
@@ -54,6 +54,7 @@ def _read(arguments: list[str]) -> Callable[[], int]:
     from regard.cli.compare import Compare
     from regard.cli.convert import Convert
     from regard.cli.doctor import Doctor
+    from regard.cli.export import Export
     from regard.cli.listing import List
     from regard.cli.simulate import Simulate
 
@@ -61,6 +62,7 @@ def _read(arguments: list[str]) -> Callable[[], int]:
     commands = {
         "compare": Compare,
         "convert": Convert,
+        "export": Export,
         "bench": Bench,
         "simulate": Simulate,
         "list": List,
@@ -116,7 +118,12 @@ def _brief(box: str, arguments: list[str]) -> str:
 
 def _option(command: str, setting: str) -> str:
     """How a setting is written on the command line."""
-    positional = {("convert", "model"): "MODEL", ("simulate", "grid"): "GRID", ("bench", "operators"): "OPERATOR"}
+    positional = {
+        ("convert", "model"): "MODEL",
+        ("export", "model"): "MODEL",
+        ("simulate", "grid"): "GRID",
+        ("bench", "operators"): "OPERATOR",
+    }
     return positional.get((command, setting)) or f"--{setting.replace('_', '-')}"
 
 

@@ -2,8 +2,11 @@
 
 import math
 import numbers
+from fractions import Fraction
 
 import torch
+
+from regard.ops._dispatch import constant_when_traced
 
 __all__ = ["check_count", "share_of"]
 
@@ -13,9 +16,22 @@ _ROUNDING = 1.0 - 2.0**-51
 
 def share_of(count: int | float, whole: int) -> int:
     """An int is clamped to `whole`; a fraction f gives ceil(f * whole)."""
-    if isinstance(count, numbers.Integral | torch.SymInt):
-        return min(count, whole)  # type: ignore[call-overload, no-any-return]
+    is_count = isinstance(count, numbers.Integral | torch.SymInt)
+    if isinstance(whole, torch.SymInt):  # a size that torch.export leaves open
+        if not is_count:
+            above, below = _fraction(float(count))
+            count = (above * whole + below - 1) // below
+        return torch.sym_min(count, whole)  # type: ignore[return-value]
+    if is_count:
+        return min(count, whole)  # type: ignore[return-value]
     return min(math.ceil(count * whole * _ROUNDING), whole)
+
+
+@constant_when_traced
+def _fraction(share: float) -> tuple[int, int]:
+    """Numerator and denominator. For sizes that are not known yet: exporters have whole numbers only."""
+    found = Fraction(share).limit_denominator(10**9)
+    return (found if found or not share else Fraction(1, 10**9)).as_integer_ratio()
 
 
 def check_count(name: str, count: int, least: int = 1) -> None:

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["kept_by_stable_sort", "kept_by_threshold", "raised", "selection_state", "softmax_of_kept"]
+__all__ = [
+    "kept_above_kth",
+    "kept_by_stable_sort",
+    "kept_by_threshold",
+    "raised",
+    "selection_state",
+    "softmax_of_kept",
+]
 
 
 def raised(tensor: Tensor) -> Tensor:
@@ -20,16 +27,29 @@ def kept_by_stable_sort(scores: Tensor, topk: int) -> Tensor:
 
 def kept_by_threshold(scores: Tensor, topk: int) -> Tensor:
     """The reference's selection without a full sort: all above the k-th logit, then the first of its ties."""
+    if isinstance(topk, torch.SymInt):  # left open by torch.export, which could not prove that topk is at most M
+        last = torch.scalar_tensor(topk - 1, dtype=torch.int64, device=scores.device).reshape(1)
+        return _kept_from(scores, topk, scores.sort(dim=-1, descending=True).values.index_select(-1, last))
     kept = scores != float("-inf")
     if topk >= scores.shape[-1]:
         return kept
     if topk == 0:
         return torch.zeros_like(kept)
-    kth = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return kept_above_kth(scores, topk)
+
+
+def kept_above_kth(scores: Tensor, topk: int) -> Tensor:
+    """kept_by_threshold for 1 <= topk <= M; asks nothing of the sizes, so a trace of it serves them all."""
+    return _kept_from(scores, topk, scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True))
+
+
+def _kept_from(scores: Tensor, topk: int, kth: Tensor) -> Tensor:
+    """Given the k-th logit of each row."""
     above, tied = scores > kth, scores == kth
     room = topk - above.sum(dim=-1, keepdim=True)
     # A NaN is no number's equal: kept explicitly, so that it reaches the output as in SDPA.
-    return kept & (above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan())
+    kept = above | (tied & (tied.cumsum(dim=-1) <= room)) | scores.isnan()
+    return kept & (scores != float("-inf"))
 
 
 def softmax_of_kept(scores: Tensor, kept: Tensor) -> Tensor:

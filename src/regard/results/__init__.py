@@ -13,6 +13,7 @@ from regard.results.bench import BenchCell, BenchStudy, BenchTime, Ceiling, Grow
 from regard.results.conversion import ConversionRecord, ConversionRow, MeasuredSetting, Tuning
 from regard.results.conversion_study import ConversionStudy, ConvertedModel, ConvertedPhoto
 from regard.results.environment import Environment
+from regard.results.export import ExportCheck, ExportStudy
 from regard.results.fidelity import Fidelity, FidelityPoint, FidelityStudy, PictureFidelity, Spread
 from regard.results.maps import AttentionMap
 
@@ -32,6 +33,8 @@ __all__ = [
     "Crossover",
     "Environment",
     "EpochRecord",
+    "ExportCheck",
+    "ExportStudy",
     "Fidelity",
     "FidelityPoint",
     "FidelityStudy",

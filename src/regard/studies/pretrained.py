@@ -18,7 +18,12 @@ __all__ = ["build_pretrained", "copy_sharing_weights", "model_size", "pixels_of"
 
 
 def build_pretrained(
-    name: str, *, checkpoint: Path | None = None, random_weights: bool = False, size: int | None = None
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    size: int | None = None,
+    any_size: bool = False,
 ) -> nn.Module:
     """A model in evaluation mode, for square images of `size` pixels where it can be told.
 
@@ -27,6 +32,7 @@ def build_pretrained(
         checkpoint: its weights; position embeddings of another size are resampled as timm does. None lets timm fetch
             them.
         random_weights: take those of a new model (seed 0) instead.
+        any_size: let models that check their images' size take others, too.
 
     Raises:
         SettingsError: the name is unknown, the weights are missing, do not fit or cannot be fetched, or the model
@@ -35,6 +41,8 @@ def build_pretrained(
     if checkpoint is not None and not checkpoint.is_file():
         raise SettingsError("checkpoint", f"{checkpoint} is no file; give one with the weights of {name}")
     options: dict[str, Any] = {"pretrained": not random_weights}
+    if any_size:
+        options["dynamic_img_size"] = True  # of timm's ViTs; others take any size, or tell when they see one
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
     try:
@@ -53,11 +61,14 @@ def _created(name: str, size: int | None, options: dict[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            return create_model(name, **(options if size is None else {**options, "img_size": size})).eval()
+            return create_model(name, **options if size is None else {**options, "img_size": size}).eval()
         except TypeError as error:
+            # A model without such an option takes images of any size, or tells when it sees them.
+            if "dynamic_img_size" in options and "dynamic_img_size" in str(error):
+                return _created(name, size, {k: v for k, v in options.items() if k != "dynamic_img_size"})
             if size is None or "img_size" not in str(error):
                 raise
-            return create_model(name, **options).eval()  # takes images of any size, or tells when it sees them
+            return _created(name, None, options)
         except AssertionError as error:
             raise SettingsError("size", f"{name} cannot be built for {size} pixels: {error}") from error
 

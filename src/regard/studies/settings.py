@@ -6,7 +6,14 @@ from typing import Annotated
 
 import tyro
 
-__all__ = ["DEFAULT_MECHANISMS", "BenchSettings", "CompareSettings", "ConvertSettings", "SettingsError"]
+__all__ = [
+    "DEFAULT_MECHANISMS",
+    "BenchSettings",
+    "CompareSettings",
+    "ConvertSettings",
+    "ExportSettings",
+    "SettingsError",
+]
 
 DEFAULT_MECHANISMS = ("dense", "knn(topk=0.125)", "clustered", "multipole")
 
@@ -202,3 +209,71 @@ class BenchSettings:
     def point_seconds(self) -> float:
         """Time of one point's rounds."""
         return self.seconds / 4 if self.quick else self.seconds
+
+
+_FORMATS = ("onnx", "pt2")
+_OPEN = ("batch", "size")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Export a model, converted or as it is, and run the file beside it on a photograph.
+
+    Args:
+        model: A model of timm or regard, such as 'deit_small_patch16_224' or 'clustr_b1'.
+        mechanism: Convert to this first, in text form, such as 'knn(topk=0.25)'; the model as it is if not given.
+        pattern: Convert by this JSON file, which `regard convert --save` wrote.
+        checkpoint: File of the model's weights (safetensors or PyTorch); without it timm fetches them.
+        random_weights: Take random weights.
+        size: Side of the square images in pixels; the model's own if not given.
+        format: onnx runs in onnxruntime without regard; pt2 is compiled for this machine by AOTInductor.
+        dynamic: What stays open, with commas between: batch, size. The rest is as at export.
+        standalone: Of pt2: compile attention in, too, so that torch alone runs it. Slower, and with more memory.
+        seconds: Time for measuring the speed.
+        out: The file; MODEL.onnx or MODEL.pt2 if not given.
+
+    Raises:
+        SettingsError: a value is out of range; it names the setting and what is allowed.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    mechanism: str | None = None
+    pattern: Path | None = None
+    checkpoint: Path | None = None
+    random_weights: bool = False
+    size: int | None = None
+    format: str = "onnx"
+    dynamic: str = "batch"
+    standalone: bool = False
+    seconds: float = 10.0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
+            raise SettingsError("size", f"expected a whole number of at least 1, got {self.size!r}")
+        if self.format not in _FORMATS:
+            raise SettingsError("format", f"expected one of {', '.join(_FORMATS)}, got {self.format!r}")
+        if unknown := [one for one in self.open if one not in _OPEN]:
+            raise SettingsError(
+                "dynamic", f"expected some of {', '.join(_OPEN)} with commas between, got {unknown[0]!r}"
+            )
+        if not 0.0 < self.seconds < float("inf"):
+            raise SettingsError("seconds", f"expected seconds above 0, got {self.seconds!r}")
+        if self.checkpoint is not None and self.random_weights:
+            raise SettingsError("random_weights", "a checkpoint is given, too; take one of the two")
+        if self.mechanism is not None and self.pattern is not None:
+            raise SettingsError("pattern", "a mechanism is given, too; take one of the two")
+        if self.standalone and self.format != "pt2":
+            raise SettingsError("standalone", "ONNX files always are; give it with --format pt2 only")
+        if self.out is not None and self.out.suffix != f".{self.format}":
+            raise SettingsError("out", f"expected a name that ends in .{self.format}, got {self.out.name!r}")
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """What stays open."""
+        return tuple(one.strip() for one in self.dynamic.split(",") if one.strip())
+
+    @property
+    def file(self) -> Path:
+        """Where the export goes."""
+        return Path(f"{self.model.replace('/', '_')}.{self.format}") if self.out is None else self.out

@@ -12,6 +12,7 @@ from regard.ops._arguments import DTYPES, autocast_off
 from regard.ops._counts import check_count
 from regard.ops._dispatch import Operator
 from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
+from regard.ops.clustering.reference import largest_count
 
 __all__ = ["Clusters", "check_tokens", "density_peak_clusters"]
 
@@ -88,7 +89,7 @@ def _bind(x: Tensor, num_clusters: int | Sequence[int], *, neighbors: int = 5, m
         raise ValueError("num_clusters: expected at least one count, got an empty sequence")
     for count in counts:
         check_count("num_clusters", count)
-        if count > x.shape[1]:
+        if isinstance(count, int) and count > x.shape[1]:  # a size that torch.export leaves open is not asked
             raise ValueError(f"num_clusters: {count} clusters of {x.shape[1]} tokens; give at most as many as tokens")
     check_count("neighbors", neighbors)
     if mask is not None:
@@ -129,12 +130,9 @@ torch.library.define(
 @torch.library.register_fake("regard::density_peak_clusters")
 def _fake(x: Tensor, num_clusters: list[int], neighbors: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, tokens, _ = x.shape
-    largest: int | torch.SymInt = num_clusters[0]
-    for count in num_clusters[1:]:
-        largest = torch.sym_max(largest, count)
     return (
         x.new_empty((len(num_clusters), batch, tokens), dtype=torch.int64),
-        x.new_empty((batch, largest), dtype=torch.int64),
+        x.new_empty((batch, largest_count(num_clusters)), dtype=torch.int64),
     )
 
 

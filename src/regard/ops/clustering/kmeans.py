@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,15 @@ from regard.ops._selection import raised
 from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 from regard.ops.clustering.sums import cluster_sums
 
-__all__ = ["KMeansClusters", "kmeans_clusters", "kmeans_operator", "spread_over_grid"]
+__all__ = [
+    "KMeansClusters",
+    "assign_at_once",
+    "kmeans_clusters",
+    "kmeans_operator",
+    "lloyd",
+    "spread_over_grid",
+    "start_tokens",
+]
 
 # Elements of one block of distances: a few MB, whatever the number of tokens.
 _BLOCK = 1 << 20
@@ -95,7 +103,9 @@ def _check(x: Tensor, num_clusters: int, iterations: int, mask: Tensor | None) -
         raise ValueError(f"x: expected (..., tokens, channels), got shape {tuple(x.shape)}")
     check_count("num_clusters", num_clusters)
     check_count("iterations", iterations, least=0)
-    if num_clusters > x.shape[-2]:
+    if (
+        isinstance(num_clusters, int) and num_clusters > x.shape[-2]
+    ):  # a size that torch.export leaves open is not asked
         raise ValueError(f"num_clusters: {num_clusters} clusters of {x.shape[-2]} tokens; give at most one a token")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -138,7 +148,7 @@ def spread_over_grid(grid_size: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _start(x: Tensor, mask: Tensor | None, num_clusters: int, grid_size: list[int] | None) -> Tensor:
+def start_tokens(x: Tensor, mask: Tensor | None, num_clusters: int, grid_size: list[int] | None) -> Tensor:
     """(B, M) indices of the tokens from which the centroids start."""
     batch, tokens, _ = x.shape
     if mask is None and grid_size is not None:
@@ -151,13 +161,16 @@ def _start(x: Tensor, mask: Tensor | None, num_clusters: int, grid_size: list[in
     return order.gather(1, middles * mask.sum(dim=-1, keepdim=True) // (2 * num_clusters))
 
 
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """(B, N) nearest centroids, in blocks of tokens: argmin of |c|^2 - 2 x c."""
+def assign_at_once(x: Tensor, centroids: Tensor) -> Tensor:
+    """(B, N) nearest centroids: argmin of |c|^2 - 2 x c."""
     squares = centroids.square().sum(dim=-1).unsqueeze(1)
+    return torch.baddbmm(squares, x, centroids.mT, alpha=-2).argmin(dim=-1)
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """The same in blocks of tokens."""
     rows = max(1, _BLOCK // max(1, x.shape[0] * centroids.shape[1]))
-    transposed = centroids.mT
-    parts = [torch.baddbmm(squares, part, transposed, alpha=-2).argmin(dim=-1) for part in x.split(rows, dim=1)]
-    return torch.cat(parts, dim=1)
+    return torch.cat([assign_at_once(part, centroids) for part in x.split(rows, dim=1)], dim=1)
 
 
 def _shown(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -204,23 +217,36 @@ def _folded_kmeans(
         own = torch.arange(num_clusters, device=x.device).repeat(x.shape[0], 1)
         return own, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     with autocast_off(x.device.type):
-        start = _start(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        start = start_tokens(x, mask, num_clusters, grid_size).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         if has_kernels(x):
             return torch.ops.regard.kmeans_lloyd(x, mask, x.gather(1, start).float().contiguous(), iterations)
-        return _lloyd(x, mask, start, iterations)
+        return lloyd(x, mask, start, iterations)
 
 
-def _lloyd(x: Tensor, mask: Tensor | None, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def lloyd(
+    x: Tensor,
+    mask: Tensor | None,
+    start: Tensor,
+    iterations: int,
+    assign: Callable[[Tensor, Tensor], Tensor] = _assign,
+) -> tuple[Tensor, Tensor]:
+    """Assignment and centroids.
+
+    Args:
+        x: (B, N, C). mask: (B, N), or None.
+        start: (B, M, C) the tokens from which the centroids start.
+        assign: gives the nearest centroids.
+    """
     x = raised(x)
     # Distances do not change with the origin; near the mean they lose fewest digits.
     seen = x.shape[1] if mask is None else mask.sum(dim=1).clamp(min=1)[:, None, None]
     origin = _shown(x, mask).sum(dim=1, keepdim=True) / seen
     x = x - origin
     centroids = x.gather(1, start)
-    assignment = _assign(x, centroids)
+    assignment = assign(x, centroids)
     for _ in range(iterations):
         centroids = _move(x, mask, assignment, centroids)
-        assignment = _assign(x, centroids)
+        assignment = assign(x, centroids)
     return assignment, centroids + origin
 
 

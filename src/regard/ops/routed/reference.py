@@ -56,7 +56,14 @@ def _by_block(tensor: Tensor, size: int) -> Tensor:
     """(B, H, N, D) -> (B, H, ceil(N / size), size, D), zeros behind the last token."""
     blocks = -(-tensor.shape[2] // size)
     missing = blocks * size - tensor.shape[2]
-    return (pad(tensor, (0, 0, 0, missing)) if missing else tensor).unflatten(2, (blocks, size))
+    if isinstance(missing, torch.SymInt):  # a size that torch.export leaves open: `pad` would ask whether it is 0
+        places = torch.arange(blocks * size, device=tensor.device)
+        behind = (places >= tensor.shape[2]).unsqueeze(1)
+        tensor = tensor.index_select(2, places.clamp(max=tensor.shape[2] - 1))
+        tensor = tensor & ~behind if tensor.dtype == torch.bool else tensor.masked_fill(behind, 0)
+    elif missing:
+        tensor = pad(tensor, (0, 0, 0, missing))
+    return tensor.unflatten(2, (blocks, size))
 
 
 def key_blocks(call: RoutedCall) -> KeyBlocks:
@@ -80,7 +87,7 @@ def listed(call: RoutedCall, memory: KeyBlocks, blocks: slice) -> Listed:
         found = flat.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, flat.shape[3]))
         return found.reshape(batch, heads, rows, count * call.key_block, *tensor.shape[4:])
 
-    shown = gathered(memory.shown) & (lists >= 0).repeat_interleave(call.key_block, dim=-1)
+    shown = gathered(memory.shown) & (lists >= 0).unsqueeze(4).expand(-1, -1, -1, -1, call.key_block).flatten(3)
     hidden = ~shown.unsqueeze(-1)
     return Listed(
         gathered(memory.key).masked_fill(hidden, 0.0), gathered(memory.value).masked_fill(hidden, 0.0), shown, index
