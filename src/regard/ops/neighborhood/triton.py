@@ -8,6 +8,7 @@ holds queries times keys, and no float is added atomically: two runs agree bit f
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ def configurations(dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
             return Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=16, OTHERS=16)
         return Config.of(8, 1, ROWS=32, OTHERS=16), Config.of(4, 1, ROWS=16, OTHERS=16)
     if tile <= 128:
-        return Config.of(4, 2, ROWS=64, OTHERS=64), Config.of(4, 1, ROWS=32, OTHERS=32)
-    return Config.of(8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=16)
+        return Config.of(4 if tile <= 64 else 8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=32)
+    return Config.of(8, 2, ROWS=64, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)
 
 
 def shared_memory(config: Config, dtype: torch.dtype, dim: int) -> int:
@@ -67,11 +68,11 @@ def tile_shape(lengths: Three, kernel: Three, prefix: int, rows: int, others: in
         prefix: tokens that all see besides.
     """
 
-    def cost(shape: Three) -> tuple[int, int]:
+    def cost(shape: Three) -> tuple[int, int, int]:
         tiles = math.prod(-(-n // t) for n, t in zip(lengths, shape, strict=True))
         box = math.prod(min(n, t + w - 1) for n, t, w in zip(lengths, shape, kernel, strict=True))
-        # Among equals the widest: its tokens are neighbors in memory.
-        return tiles * -(-(prefix + box) // others), -shape[2]
+        # Among equals the one that sees least, and then the widest: its tokens are neighbors in memory.
+        return tiles * -(-(prefix + box) // others), tiles * box, -shape[2]
 
     powers = [1 << i for i in range(rows.bit_length())]
     pairs = itertools.product(powers, powers)
@@ -165,13 +166,21 @@ class _Launch:
             "VALUE_BLOCK": padded(value_dim),
         }
 
-    def run(self, kernel: Any, heads: int, arguments: dict[str, Any]) -> None:
-        """A program for each tile of each head."""
+    def run(self, kernel: Any, heads: int, arguments: dict[str, Any], warps: int = 1) -> None:
+        """A program for each tile of each head; and again, where what they compute is not finite (see triton_rows).
+
+        Args:
+            warps: times a config's, for a kernel that holds more sums.
+        """
         config = _config(self.call)
+        config = replace(config, num_warps=min(8, warps * config.num_warps))
         sizes = self.sizes(heads, config["ROWS"], config["OTHERS"])
         programs = self.call.query.shape[0] * heads * (sizes["prefix_tiles"] + sizes["tiles"])
         prefixed = self.call.num_prefix_tokens > 0
-        kernel[(programs,)](**arguments, **sizes, PREFIX=prefixed, **config.options(), **_FUSED)
+        broken = self.call.query.new_empty(programs, dtype=torch.int32)
+        for careful in (False, True):
+            options = {"PREFIX": prefixed, "CAREFUL": careful, **config.options(), **_FUSED}
+            kernel[(programs,)](broken=broken, **arguments, **sizes, **options)
 
 
 def _forward(call: NeighborhoodCall) -> Tensor:
@@ -199,7 +208,7 @@ def _backward(
     arguments = launch.arguments(grad_output=grad_output, grad_query=grad_query)
     launch.run(query_gradients, query.shape[1], arguments | rows)
     arguments = launch.arguments(grad_output=grad_output, grad_key=grad_key, grad_value=grad_value)
-    launch.run(key_gradients, key.shape[1], arguments | rows)
+    launch.run(key_gradients, key.shape[1], arguments | rows, warps=2)
     grad_bias = None
     if bias is not None:
         arguments = launch.arguments(grad_output=grad_output) | rows
@@ -220,7 +229,7 @@ def _bias_gradient(launch: _Launch, arguments: dict[str, Any]) -> Tensor:
     partial = call.query.new_empty((chunks, batch, heads, offsets), dtype=torch.float32)
     programs = -(-offsets // entries) * chunks * batch * heads
     if programs > 0:
-        blocks = {"ROWS": rows, "ENTRIES": entries, "num_warps": 1 if wide <= 128 else 2, "num_stages": 1, **_FUSED}
+        blocks = {"ROWS": rows, "ENTRIES": entries, "num_warps": max(1, wide // 64), "num_stages": 1, **_FUSED}
         bias_gradients[(programs,)](**arguments, **sizes, partial=partial, span=span, chunks=chunks, **blocks)
     return partial.sum(dim=(0, 1))
 

@@ -2,8 +2,7 @@
 
 `query_gradients` goes through the keys of a tile of queries twice: for the softmax's log-sum-exp and the mean gradient
 of its weights, which other kernels read, and for the queries' gradients. `key_gradients` goes through the queries that
-see a tile of keys, so that no sum needs atomics. Where a result is not finite it is computed again with care, as in
-triton_forward.py.
+see a tile of keys, so that no sum needs atomics.
 """
 
 import triton
@@ -13,18 +12,21 @@ from regard.ops.neighborhood.triton_rows import (
     FAR,
     LOG2_E,
     SIZES,
+    cleaned,
     columns_of,
-    finite,
     head_of,
     key_tile,
     keys_of_tile,
     load_rows,
     logits_of,
     logits_of_tile,
+    mend_rows,
     poison,
     query_tile,
+    report,
     rows_of,
     shown_of,
+    sound_rows,
     store_rows,
     tile_of,
 )
@@ -51,6 +53,7 @@ def query_gradients(
     visible,
     grad_output,
     tables,
+    broken,
     lse,
     mean,
     grad_query,
@@ -88,8 +91,12 @@ def query_gradients(
     OTHERS: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """One tile of queries of one head: lse and mean (B, H, N), and grad_query. The rest as attend_tiles."""
+    if CAREFUL:  # noqa: SIM102
+        if tl.load(broken + tl.program_id(0)) == 0:
+            return
     tables = (tables, (length0, length1, length2), (places0, places1, places2))
     shape, kernel = (shape0, shape1, shape2), (kernel0, kernel1, kernel2)
     batch, head, tile, is_prefix = tile_of(heads, prefix_tiles, tiles)
@@ -104,55 +111,54 @@ def query_gradients(
     if bias is not None:
         bias += head.to(tl.int64) * offsets
 
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    inner = tl.zeros([ROWS], tl.float32)
-    for start in range(0, box[1], OTHERS):
-        keys = key_tile(box, start, tables, prefix, visible, visible_strides, batch, kernel, OTHERS)
-        k = load_rows(key, key_strides, keys[0], keys[1], DIM, DIM_BLOCK)
-        v = load_rows(value, value_strides, keys[0], keys[1], VALUE_DIM, VALUE_BLOCK)
-        logits, seen = logits_of_tile(q, k, scale, bias, windows, keys, RANK, PREFIX)
-        top = tl.maximum(largest, tl.max(logits, axis=1))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        weights = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(largest - shift)
-        of_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
-        total = total * fade + tl.sum(weights, axis=1)
-        inner = inner * fade + tl.sum(tl.where(seen, weights * of_weights, 0.0), axis=1)
-        largest = top
-    # A row that sees nothing has logits of -inf: with any finite lse its weights are zero.
-    row_lse = tl.where(total == 0, 0.0, largest + tl.log2(total))
-    row_mean = tl.where(total == 0, 0.0, inner / total)
     at = (batch.to(tl.int64) * heads + head) * tokens + token
-    tl.store(lse + at, row_lse, mask=some)
-    tl.store(mean + at, row_mean, mask=some)
+    if CAREFUL:
+        row_lse = tl.load(lse + at, mask=some, other=0.0)
+        row_mean = tl.load(mean + at, mask=some, other=0.0)
+    else:
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        inner = tl.zeros([ROWS], tl.float32)
+        for start in range(0, box[1], OTHERS):
+            keys = key_tile(box, start, tables, prefix, visible, visible_strides, batch, kernel, OTHERS)
+            k = load_rows(key, key_strides, keys[0], keys[1], DIM, DIM_BLOCK)
+            v = load_rows(value, value_strides, keys[0], keys[1], VALUE_DIM, VALUE_BLOCK)
+            logits = logits_of_tile(q, k, scale, bias, windows, keys, RANK, PREFIX)
+            top = tl.maximum(largest, tl.max(logits, axis=1))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            weights = tl.exp2(logits - shift[:, None])
+            fade = tl.exp2(largest - shift)
+            of_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
+            total = total * fade + tl.sum(weights, axis=1)
+            of_rows = tl.where(logits == float("-inf"), 0.0, weights * of_weights)
+            inner = inner * fade + tl.sum(of_rows, axis=1)
+            largest = top
+        # A row that sees nothing has logits of -inf: with any finite lse its weights are zero.
+        row_lse = tl.where(total == 0, 0.0, largest + tl.log2(total))
+        row_mean = tl.where(total == 0, 0.0, inner / total)
+        tl.store(lse + at, row_lse, mask=some)
+        tl.store(mean + at, row_mean, mask=some)
 
     grad = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
     for start in range(0, box[1], OTHERS):
         keys = key_tile(box, start, tables, prefix, visible, visible_strides, batch, kernel, OTHERS)
         k = load_rows(key, key_strides, keys[0], keys[1], DIM, DIM_BLOCK)
         v = load_rows(value, value_strides, keys[0], keys[1], VALUE_DIM, VALUE_BLOCK)
-        logits, seen = logits_of_tile(q, k, scale, bias, windows, keys, RANK, PREFIX)
+        logits = logits_of_tile(q, k, scale, bias, windows, keys, RANK, PREFIX)
         of_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
         of_logits = tl.exp2(logits - row_lse[:, None]) * (of_weights - row_mean[:, None])
+        if CAREFUL:
+            of_logits = tl.where(logits == float("-inf"), 0.0, of_logits)
+            k = cleaned(k)
         grad += tl.dot(of_logits.to(k.dtype), k, input_precision="ieee")
 
-    sound = tl.min(finite(grad).to(tl.int32), axis=1) > 0
-    if tl.min(sound.to(tl.int32), axis=0) == 0:
-        careful = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
-        for start in range(0, box[1], OTHERS):
-            keys = key_tile(box, start, tables, prefix, visible, visible_strides, batch, kernel, OTHERS)
-            k = load_rows(key, key_strides, keys[0], keys[1], DIM, DIM_BLOCK)
-            v = load_rows(value, value_strides, keys[0], keys[1], VALUE_DIM, VALUE_BLOCK)
-            logits, seen = logits_of_tile(q, k, scale, bias, windows, keys, RANK, PREFIX)
-            of_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
-            of_logits = tl.exp2(logits - row_lse[:, None]) * (of_weights - row_mean[:, None])
-            of_logits = tl.where(seen, of_logits, 0.0)
-            clean = tl.where(finite(k), k, 0.0).to(k.dtype)
-            careful += tl.dot(of_logits.to(k.dtype), clean, input_precision="ieee")
-        grad = tl.where(sound[:, None], grad, careful)
+    grad *= scale / LOG2_E
     grad_query = head_of(grad_query, grad_query_strides, batch, head)
-    store_rows(grad_query, grad_query_strides, token, some, grad * (scale / LOG2_E), DIM, DIM_BLOCK)
+    if CAREFUL:
+        mend_rows(grad_query, grad_query_strides, token, some, grad, DIM, DIM_BLOCK)
+    else:
+        report(broken, sound_rows(grad))
+        store_rows(grad_query, grad_query_strides, token, some, grad, DIM, DIM_BLOCK)
 
 
 @triton.jit
@@ -187,89 +193,6 @@ def _query_list(dense, total, corner, size, start, tables, prefix, kernel, BLOCK
     return token, boxed | to_all, to_all, low, width, part
 
 
-@triton.jit
-def _key_sums(
-    keys,
-    queries,
-    bias,
-    tables,
-    kernel,
-    scale,
-    RANK: tl.constexpr,
-    PREFIX: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    OTHERS: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """The gradients of a tile of keys and values, but for the scale: sums over all queries that see them.
-
-    Args:
-        keys: their rows k and v; which are not hidden; which are in the grid; along each axis the first and the end of
-            their places: one, but for copies beyond a border.
-        queries: query, grad_output, lse and mean of the first head and the strides of the former two; how many heads,
-            tokens, bias entries a head, prefix tokens; how many first tokens, as queries, see all these keys.
-        bias: of the first head, or None.
-    """
-    k, v, there, gridded, first, end = keys
-    query, grad_output, lse, mean, query_strides, grad_strides, groups, tokens, offsets, prefix, dense = queries
-    grad_key = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
-    grad_value = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    most = (
-        tl.maximum(tl.max(end[0] - first[0], axis=0), 1),
-        tl.maximum(tl.max(end[1] - first[1], axis=0), 1),
-        tl.maximum(tl.max(end[2] - first[2], axis=0), 1),
-    )
-    for copy in range(0, most[0] * most[1] * most[2]):
-        step = in_box(copy, (0, 0, 0), most)
-        place = (first[0] + step[0], first[1] + step[1], first[2] + step[2])
-        valid = gridded & (place[0] < end[0]) & (place[1] < end[1]) & (place[2] < end[2])
-        corner, size = _seen_by(tables, place, valid)
-        part = bias_part(place, kernel)
-        place = (place[0], place[1], tl.where(valid & there, place[2], FAR))
-        once = tl.where(copy == 0, dense, 0)
-        total = once + size[0] * size[1] * size[2]
-        for group in range(0, groups):
-            q_base = query + tl.cast(group, tl.int64) * query_strides[1]
-            g_base = grad_output + tl.cast(group, tl.int64) * grad_strides[1]
-            rows = tl.cast(group, tl.int64) * tokens
-            head_bias = bias
-            if bias is not None:
-                head_bias += tl.cast(group, tl.int64) * offsets
-            for start in range(0, total, OTHERS):
-                token, some, to_all, low, width, query_part = _query_list(
-                    once, total, corner, size, start, tables, prefix, kernel, OTHERS
-                )
-                q = load_rows(q_base, query_strides, token, some, DIM, DIM_BLOCK)
-                g = load_rows(g_base, grad_strides, token, some, VALUE_DIM, VALUE_BLOCK)
-                logits, seen = logits_of(
-                    tl.dot(k, tl.trans(q), input_precision="ieee") * scale,
-                    head_bias,
-                    columns_of(low),
-                    columns_of(width),
-                    query_part[None, :],
-                    rows_of(place),
-                    part[:, None],
-                    to_all[None, :] & there[:, None],
-                    RANK,
-                    PREFIX,
-                )
-                weights = tl.exp2(logits - tl.load(lse + rows + token, mask=some, other=0.0)[None, :])
-                of_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
-                of_logits = weights * (of_weights - tl.load(mean + rows + token, mask=some, other=0.0)[None, :])
-                if CAREFUL:
-                    weights, of_logits = tl.where(seen, weights, 0.0), tl.where(seen, of_logits, 0.0)
-                    grad_value = poison(grad_value, weights, g)
-                    q = tl.where(finite(q), q, 0.0).to(q.dtype)
-                    g = tl.where(finite(g), g, 0.0).to(g.dtype)
-                grad_value += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
-                grad_key += tl.dot(of_logits.to(q.dtype), q, input_precision="ieee")
-    return grad_key, grad_value
-
-
 @triton.jit(do_not_specialize=SIZES)
 def key_gradients(
     query,
@@ -279,6 +202,7 @@ def key_gradients(
     visible,
     grad_output,
     tables,
+    broken,
     lse,
     mean,
     grad_key,
@@ -318,8 +242,12 @@ def key_gradients(
     OTHERS: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """One tile of keys of one key head (`heads` counts those here). A tile of prefix tokens is seen by all tokens."""
+    if CAREFUL:  # noqa: SIM102
+        if tl.load(broken + tl.program_id(0)) == 0:
+            return
     tables = (tables, (length0, length1, length2), (places0, places1, places2))
     lengths, shape, kernel = tables[1], (shape0, shape1, shape2), (kernel0, kernel1, kernel2)
     batch, head, tile, is_prefix = tile_of(heads, prefix_tiles, tiles)
@@ -337,63 +265,74 @@ def key_gradients(
     v = load_rows(head_of(value, value_strides, batch, head), value_strides, token, there, VALUE_DIM, VALUE_BLOCK)
     query = head_of(query, query_strides, batch, head * groups)
     grad_output = head_of(grad_output, grad_output_strides, batch, head * groups)
-    rows = (batch.to(tl.int64) * heads + head) * groups * tokens
     if bias is not None:
         bias += head.to(tl.int64) * groups * offsets
+    rows = (batch.to(tl.int64) * heads + head) * groups * tokens
     dense = tl.where(is_prefix, tokens, prefix)
-    keys = (k, v, there, gridded, first, end)
-    queries = (
-        query,
-        grad_output,
-        lse + rows,
-        mean + rows,
-        query_strides,
-        grad_output_strides,
-        groups,
-        tokens,
-        offsets,
-        prefix,
-        dense,
+
+    of_keys = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    of_values = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    spoiled = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    # A key is at one place, but for copies beyond a border.
+    most = (
+        tl.maximum(tl.max(end[0] - first[0], axis=0), 1),
+        tl.maximum(tl.max(end[1] - first[1], axis=0), 1),
+        tl.maximum(tl.max(end[2] - first[2], axis=0), 1),
     )
-    of_keys, of_values = _key_sums(
-        keys,
-        queries,
-        bias,
-        tables,
-        kernel,
-        scale,
-        RANK,
-        PREFIX,
-        DIM,
-        VALUE_DIM,
-        ROWS,
-        OTHERS,
-        DIM_BLOCK,
-        VALUE_BLOCK,
-        False,
-    )
-    sound = (tl.min(finite(of_keys).to(tl.int32), axis=1) > 0) & (tl.min(finite(of_values).to(tl.int32), axis=1) > 0)
-    if tl.min(sound.to(tl.int32), axis=0) == 0:
-        keys_again, values_again = _key_sums(
-            keys,
-            queries,
-            bias,
-            tables,
-            kernel,
-            scale,
-            RANK,
-            PREFIX,
-            DIM,
-            VALUE_DIM,
-            ROWS,
-            OTHERS,
-            DIM_BLOCK,
-            VALUE_BLOCK,
-            True,
-        )
-        of_keys = tl.where(sound[:, None], of_keys, keys_again)
-        of_values = tl.where(sound[:, None], of_values, values_again)
+    for copy in range(0, most[0] * most[1] * most[2]):
+        step = in_box(copy, (0, 0, 0), most)
+        place = (first[0] + step[0], first[1] + step[1], first[2] + step[2])
+        valid = gridded & (place[0] < end[0]) & (place[1] < end[1]) & (place[2] < end[2])
+        corner, size = _seen_by(tables, place, valid)
+        part = bias_part(place, kernel)
+        place = (place[0], place[1], tl.where(valid & there, place[2], FAR))
+        once = tl.where(copy == 0, dense, 0)
+        total = once + size[0] * size[1] * size[2]
+        for group in range(0, groups):
+            of_group = tl.cast(group, tl.int64)
+            head_query, head_grad = query + of_group * query_strides[1], grad_output + of_group * grad_output_strides[1]
+            head_rows = rows + of_group * tokens
+            head_bias = bias
+            if bias is not None:
+                head_bias += of_group * offsets
+            for start in range(0, total, OTHERS):
+                at, seen_at, to_all, low, width, query_part = _query_list(
+                    once, total, corner, size, start, tables, prefix, kernel, OTHERS
+                )
+                q = load_rows(head_query, query_strides, at, seen_at, DIM, DIM_BLOCK)
+                g = load_rows(head_grad, grad_output_strides, at, seen_at, VALUE_DIM, VALUE_BLOCK)
+                row_lse = tl.load(lse + head_rows + at, mask=seen_at, other=0.0)
+                row_mean = tl.load(mean + head_rows + at, mask=seen_at, other=0.0)
+                logits = logits_of(
+                    tl.dot(k, tl.trans(q), input_precision="ieee") * scale,
+                    head_bias,
+                    columns_of(low),
+                    columns_of(width),
+                    query_part[None, :],
+                    rows_of(place),
+                    part[:, None],
+                    to_all[None, :] & there[:, None],
+                    RANK,
+                    PREFIX,
+                )
+                weights = tl.exp2(logits - row_lse[None, :])
+                of_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
+                of_logits = weights * (of_weights - row_mean[None, :])
+                if CAREFUL:
+                    weights = tl.where(logits == float("-inf"), 0.0, weights)
+                    of_logits = tl.where(logits == float("-inf"), 0.0, of_logits)
+                    spoiled += poison(logits, g)
+                    q, g = cleaned(q), cleaned(g)
+                of_values += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
+                of_keys += tl.dot(of_logits.to(q.dtype), q, input_precision="ieee")
+
+    of_keys *= scale / LOG2_E
     grad_key = head_of(grad_key, grad_key_strides, batch, head)
-    store_rows(grad_key, grad_key_strides, token, some, of_keys * (scale / LOG2_E), DIM, DIM_BLOCK)
     grad_value = head_of(grad_value, grad_value_strides, batch, head)
-    store_rows(grad_value, grad_value_strides, token, some, of_values, VALUE_DIM, VALUE_BLOCK)
+    if CAREFUL:
+        mend_rows(grad_key, grad_key_strides, token, some, of_keys, DIM, DIM_BLOCK)
+        mend_rows(grad_value, grad_value_strides, token, some, of_values + spoiled, VALUE_DIM, VALUE_BLOCK)
+    else:
+        report(broken, sound_rows(of_keys) & sound_rows(of_values))
+        store_rows(grad_key, grad_key_strides, token, some, of_keys, DIM, DIM_BLOCK)
+        store_rows(grad_value, grad_value_strides, token, some, of_values, VALUE_DIM, VALUE_BLOCK)

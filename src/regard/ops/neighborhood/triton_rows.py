@@ -2,6 +2,11 @@
 
 A program has a tile of queries and goes through the keys that any of them sees, in one list: first the keys that all of
 them see (the prefix tokens; all tokens for a tile of prefix queries), then the box of places that holds their windows.
+
+A product of tiles multiplies by zero where a query does not see a key, and zero times NaN is not zero. So each kernel
+reports whether its result is finite, and where it is not it runs again, CAREFUL: with what is not finite taken out of
+the products and added apart, to those who see it. That is rare, so it is a launch of its own, whose programs end at
+once where all is well: in one kernel it would cost all calls their registers.
 """
 
 import triton
@@ -24,18 +29,21 @@ __all__ = [
     "FAR",
     "LOG2_E",
     "SIZES",
+    "cleaned",
     "columns_of",
-    "finite",
     "head_of",
     "key_tile",
     "keys_of_tile",
     "load_rows",
     "logits_of",
     "logits_of_tile",
+    "mend_rows",
     "poison",
     "query_tile",
+    "report",
     "rows_of",
     "shown_of",
+    "sound_rows",
     "store_rows",
     "tile_of",
 ]
@@ -77,17 +85,38 @@ def finite(rows):
 
 
 @triton.jit
-def poison(total, weights, rows):
-    """Adds to `total` what infinite and NaN elements of `rows` (R, D) do to products with positive weights (M, R).
+def sound_rows(rows):
+    """Which rows are finite throughout."""
+    return tl.min(finite(rows).to(tl.int32), axis=1) > 0
 
-    A product of tiles multiplies by zero where a pair does not see each other, and zero times NaN is not zero. So where
-    something is not finite, finite parts are multiplied, and this adds the rest: +inf, -inf, or NaN as their sum.
-    """
-    seen = (weights != 0).to(rows.dtype)
+
+@triton.jit
+def report(broken, sound):
+    """Notes whether any row of this program's result is not sound."""
+    tl.store(broken + tl.program_id(0), 1 - tl.min(sound.to(tl.int32), axis=0))
+
+
+@triton.jit
+def mend_rows(base, strides, token, some, rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """store_rows, of those rows in memory alone that hold something that is not finite."""
+    sound = sound_rows(load_rows(base, strides, token, some, DIM, BLOCK))
+    store_rows(base, strides, token, some & (sound == 0), rows, DIM, BLOCK)
+
+
+@triton.jit
+def cleaned(rows):
+    return tl.where(finite(rows), rows, 0.0).to(rows.dtype)
+
+
+@triton.jit
+def poison(logits, rows):
+    """(M, D): what infinite and NaN elements of `rows` (R, D) add to sums over the pairs whose logits (M, R) count:
+    +inf, -inf, or NaN, as their sum is."""
+    seen = (logits != float("-inf")).to(rows.dtype)
     bad = finite(rows) == 0
     up = tl.dot(seen, (bad & ((rows < 0) == 0)).to(rows.dtype), input_precision="ieee")
     down = tl.dot(seen, (bad & ((rows > 0) == 0)).to(rows.dtype), input_precision="ieee")
-    return total + tl.where(up > 0, float("inf"), 0.0) + tl.where(down > 0, float("-inf"), 0.0)
+    return tl.where(up > 0, float("inf"), 0.0) + tl.where(down > 0, float("-inf"), 0.0)
 
 
 @triton.jit
@@ -173,7 +202,7 @@ def columns_of(triple):
 def logits_of(
     products, bias, low, width, query_part, place, key_part, to_all, RANK: tl.constexpr, PREFIX: tl.constexpr
 ):
-    """(logits, seen) of pairs: logits times log2(e), -inf where the query does not see the key; and whether it does.
+    """Logits of pairs, times log2(e); -inf where the query does not see the key.
 
     Args:
         products: query times key, scaled, times log2(e).
@@ -185,7 +214,7 @@ def logits_of(
         products += tl.load(bias + (key_part - query_part), mask=seen, other=0.0) * LOG2_E
     if PREFIX:
         seen = seen | to_all
-    return tl.where(seen, products, float("-inf")), seen
+    return tl.where(seen, products, float("-inf"))
 
 
 @triton.jit
