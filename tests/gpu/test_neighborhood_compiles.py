@@ -11,7 +11,11 @@ from regard.ops.neighborhood import triton as kernels
 from regard.ops.neighborhood.triton import configurations, shared_memory
 
 SMALLEST_ROOM = 99 * 1024  # shared memory of a block on the smaller GPUs from compute capability 8.0 on
-KERNELS = ["fill_tables", "attend_tiles", "fill_tables", "query_gradients", "key_gradients"]
+# Each but the tables a second time, with care (see triton_rows).
+KERNELS = [
+    *("fill_tables", "attend_tiles", "attend_tiles"),
+    *("fill_tables", "query_gradients", "query_gradients", "key_gradients", "key_gradients"),
+]
 DTYPES = (torch.float32, *HALVES)
 
 
@@ -30,7 +34,7 @@ def compiled(dtype: torch.dtype, dim: int, config: Config, architecture: int, fu
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_training_step_compiles(architecture: int) -> None:
     compiled(torch.bfloat16, 64, configurations(torch.bfloat16, 64)[0], architecture, full=False)
 
@@ -41,7 +45,10 @@ def test_a_training_step_compiles(architecture: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture: int) -> None:
     for config in configurations(dtype, dim):
+        usual = {}
         for one in compiled(dtype, dim, config, architecture):
+            usual.setdefault(one.name, one)
+        for one in usual.values():
             spilled = one.spilled()
             assert spilled <= 256, f"{one.name}, {config}: {spilled} bytes of a thread's registers spill"
 

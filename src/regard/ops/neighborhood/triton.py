@@ -30,18 +30,18 @@ Three = tuple[int, int, int]
 _FUSED = {"enable_fp_fusion": True}  # the default is not the same in all versions of Triton
 
 
-def configurations(dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
+def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
     """Block sizes for a dtype and the larger of both head dims, the best first (so far by reckoning, not by timing)."""
     tile = padded(dim)
     if dtype == torch.float32:  # products without tensor cores: operands and sums lie in registers
         if tile <= 64:
-            return Config.of(4, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=16)
+            return [Config.of(4, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=16)]
         if tile <= 128:
-            return Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=16, OTHERS=16)
-        return Config.of(8, 1, ROWS=32, OTHERS=16), Config.of(4, 1, ROWS=16, OTHERS=16)
+            return [Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=16, OTHERS=16)]
+        return [Config.of(8, 1, ROWS=32, OTHERS=16), Config.of(4, 1, ROWS=16, OTHERS=16)]
     if tile <= 128:
-        return Config.of(4 if tile <= 64 else 8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=32)
-    return Config.of(8, 2, ROWS=64, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)
+        return [Config.of(4 if tile <= 64 else 8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=32)]
+    return [Config.of(8, 2, ROWS=64, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)]
 
 
 def shared_memory(config: Config, dtype: torch.dtype, dim: int) -> int:
