@@ -50,7 +50,7 @@ def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture
             usual.setdefault(one.name, one)
         for one in usual.values():
             spilled = one.spilled()
-            assert spilled <= 256, f"{one.name}, {config}: {spilled} bytes of a thread's registers spill"
+            assert spilled <= 512, f"{one.name}, {config}: {spilled} bytes of a thread's registers spill"
 
 
 @pytest.mark.slow
