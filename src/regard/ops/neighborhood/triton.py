@@ -41,14 +41,14 @@ def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
         return [Config.of(8, 1, ROWS=32, OTHERS=16), Config.of(4, 1, ROWS=16, OTHERS=16)]
     if tile <= 128:
         return [Config.of(4 if tile <= 64 else 8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=32)]
-    return [Config.of(8, 2, ROWS=64, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)]
+    return [Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)]
 
 
 def shared_memory(config: Config, dtype: torch.dtype, dim: int) -> int:
     """Bytes of shared memory that the hungriest kernel needs under a config, from above: two tiles that stay, two a
-    stage in flight, and two of weights on their way from sums to operands."""
+    stage in flight, one that is cleaned, and two of weights on their way from sums to operands."""
     rows, others = config["ROWS"], config["OTHERS"]
-    tiles = 2 * padded(dim) * (rows + others * config.num_stages) + 2 * rows * others
+    tiles = padded(dim) * (2 * rows + (2 * config.num_stages + 1) * others) + 2 * rows * others
     return dtype.itemsize * tiles + 4096
 
 
