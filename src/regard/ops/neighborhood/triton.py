@@ -38,7 +38,7 @@ def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
             return [Config.of(4, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=16)]
         if tile <= 128:
             return [Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(4, 1, ROWS=16, OTHERS=16)]
-        return [Config.of(8, 1, ROWS=32, OTHERS=16), Config.of(4, 1, ROWS=16, OTHERS=16)]
+        return [Config.of(8, 1, ROWS=16, OTHERS=16)]
     if tile <= 128:
         return [Config.of(4 if tile <= 64 else 8, 2, ROWS=64, OTHERS=32), Config.of(4, 1, ROWS=32, OTHERS=32)]
     return [Config.of(8, 2, ROWS=32, OTHERS=32), Config.of(8, 1, ROWS=32, OTHERS=32)]
