@@ -61,15 +61,21 @@ class _Compiler:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
         assert set(arguments) == set(inspect.signature(self.kernel.fn).parameters), self.kernel.fn.__name__
         signature, constants, attributes = {}, {}, {}
-        for place, parameter in enumerate(self.kernel.params):
-            name, given = parameter.name, arguments[parameter.name]
-            specialized = not parameter.do_not_specialize
+
+        def describe(given: Any, path: tuple[int, ...], parameter: Any) -> Any:
+            """A tuple's members are always specialized."""
+            if isinstance(given, tuple):
+                return tuple(describe(one, (*path, place), parameter) for place, one in enumerate(given))
+            specialized = len(path) > 1 or not parameter.do_not_specialize
             if parameter.is_constexpr or given is None or (type(given) is int and given == 1 and specialized):
-                signature[name], constants[(place,)] = "constexpr", given
-                continue
-            signature[name] = _type(given)
+                constants[path] = given
+                return "constexpr"
             if specialized and _divisible(given):
-                attributes[(place,)] = [["tt.divisibility", 16]]
+                attributes[path] = [["tt.divisibility", 16]]
+            return _type(given)
+
+        for place, parameter in enumerate(self.kernel.params):
+            signature[parameter.name] = describe(arguments[parameter.name], (place,), parameter)
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
         self.found.append(Found(self.kernel.fn.__name__, compiled.metadata.shared, compiled))

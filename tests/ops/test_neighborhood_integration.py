@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from attention_cases import BACKENDS, Largest, Shape, needs_kernels
 from neighborhood_cases import attend, in_float64, pattern_of, random_call, requiring_grad
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import neighborhood_attention
-from regard.ops import SlowPathWarning, _dispatch, _library, only_backend
+from regard.ops import SlowPathWarning, _dispatch, _library, _triton, only_backend
 from regard.ops.neighborhood import streamed
 from regard.ops.neighborhood.op import neighborhood_attention_blocks, neighborhood_attention_op
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
@@ -196,9 +197,19 @@ def test_explain_names_the_backend_and_every_refusal() -> None:
     for reason, args, options in cases:
         found = regard.explain("neighborhood_attention", *args, **OPTIONS, **options)
         assert found.backend == "pytorch" and reason in str(found)
-        assert dict(found.refusals).keys() == {"cpu"}
+        assert dict(found.refusals).keys() == {"cpu", "triton"}
     with pytest.raises(ValueError, match="stride"):
         regard.explain(neighborhood_attention, *plain, **{**OPTIONS, "stride": 9})
+
+
+@pytest.mark.skipif(bool(_triton.available()), reason=_triton.available() or "Triton is here")
+def test_triton_takes_what_is_on_a_gpu_but_for_wide_heads() -> None:
+    for dim, backend in ((64, "triton"), (300, "pytorch")):
+        with FakeTensorMode():
+            on_gpu = [torch.empty(2, 2, 42, dim, device="cuda") for _ in range(3)]
+        found = regard.explain(neighborhood_attention, *on_gpu, **OPTIONS)
+        assert found.backend == backend
+    assert "head_dim 300 is above 256" in dict(found.refusals)["triton"]
 
 
 def test_the_slow_path_is_told_once() -> None:

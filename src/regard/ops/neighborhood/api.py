@@ -11,7 +11,7 @@ from torch import Tensor
 from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
 from regard.ops._counts import check_count
 from regard.ops._dispatch import Operator
-from regard.ops._operator import KernelBackend, PyTorchBackend
+from regard.ops._operator import KernelBackend, PyTorchBackend, TritonBackend
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.op import neighborhood_attention_blocks, neighborhood_attention_op
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
@@ -236,6 +236,7 @@ OPERATOR = Operator(
     lambda *args, **kwargs: _bind(*args, **kwargs)[0],
     (
         KernelBackend(neighborhood_attention_op),
+        TritonBackend(neighborhood_attention_op),
         PyTorchBackend(neighborhood_attention_blocks, neighborhood_attention_reference),
     ),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
+from regard.ops import _library, _triton
 from regard.ops._arguments import heads_last
 from regard.ops._operator import define, second_gradients
 from regard.ops.neighborhood.call import NeighborhoodCall
@@ -102,6 +102,8 @@ def _define(name: str) -> Any:
 
 neighborhood_attention_op = _define("neighborhood_attention")
 neighborhood_attention_blocks = _define("neighborhood_attention_blocks")
+_triton.register("neighborhood_attention", "regard.ops.neighborhood.triton", "forward", _forward)
+_triton.register("neighborhood_attention_backward", "regard.ops.neighborhood.triton", "backward", _backward)
 _library.problem()  # loads the kernels
 
 
