@@ -7,10 +7,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from regard.ops import _library
+from regard.ops import _library, _triton
 from regard.ops._dispatch import Refusal, functorch_active
 
-__all__ = ["AttentionCall", "KernelBackend", "PyTorchBackend", "define", "refusal_of_modes", "second_gradients"]
+__all__ = [
+    "AttentionCall",
+    "KernelBackend",
+    "PyTorchBackend",
+    "TritonBackend",
+    "define",
+    "refusal_of_modes",
+    "second_gradients",
+]
 
 
 def define(
@@ -57,6 +65,9 @@ class AttentionCall(Protocol):
     def query(self) -> Tensor: ...
 
     @property
+    def value(self) -> Tensor: ...
+
+    @property
     def dropout_p(self) -> float: ...
 
     def operands(self) -> tuple[Any, ...]:
@@ -82,6 +93,21 @@ class KernelBackend:
 
     def supports(self, call: AttentionCall) -> Refusal | None:
         return _library.refusal(call.query) or refusal_of_modes(call.dropout_p)
+
+    def run(self, call: AttentionCall) -> Tensor:
+        return self.operator(*call.operands())
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """The Triton kernels registered for an operator (see _triton.register)."""
+
+    operator: Callable[..., Tensor]
+    name: str = "triton"
+    is_slow_path: bool = False
+
+    def supports(self, call: AttentionCall) -> Refusal | None:
+        return _triton.refusal(call.query, call.value) or refusal_of_modes(call.dropout_p)
 
     def run(self, call: AttentionCall) -> Tensor:
         return self.operator(*call.operands())
