@@ -33,7 +33,7 @@ def test_a_training_step_compiles(architecture: int) -> None:
     before, found = launch(torch.bfloat16, 64, config, architecture)
     assert [one.name for one in before] == [*SELECTING, *SELECTING, "_compact"]
     assert [one.name for one in found] == ["_forward", "_backward_queries", "_backward_keys", "_backward_clusters"]
-    assert max(one.shared for one in found) <= kernels.shared_memory(config, 128, 2)
+    assert max(one.shared for one in found) <= kernels.shared_memory(config, 64, 64, 2)
     assert max(one.shared for one in before) <= SMALLEST_ROOM
 
 
@@ -43,7 +43,7 @@ def test_a_training_step_compiles(architecture: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture: int) -> None:
     for config in kernels.configs(padded(dim), dtype.itemsize):
-        limit = kernels.shared_memory(config, 2 * padded(dim), dtype.itemsize)
+        limit = kernels.shared_memory(config, padded(dim), padded(dim), dtype.itemsize)
         for one in launch(dtype, dim, config, architecture)[1]:
             assert one.shared <= limit, f"{one.name}, {config}: {one.shared} bytes, reckoned {limit}"
 
@@ -61,5 +61,5 @@ def test_any_number_of_clusters_compiles(dtype: torch.dtype, clusters: int, arch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_some_configuration_fits_the_smaller_gpus(dtype: torch.dtype, dim: int) -> None:
-    sizes = [kernels.shared_memory(config, 2 * dim, dtype.itemsize) for config in kernels.configs(dim, dtype.itemsize)]
+    sizes = [kernels.shared_memory(config, dim, dim, dtype.itemsize) for config in kernels.configs(dim, dtype.itemsize)]
     assert min(sizes) <= SMALLEST_ROOM

@@ -1,6 +1,6 @@
 """What the Triton kernels of all operators share: who may use them, how they are registered, which block sizes fit.
 
-Triton is imported when a kernel first runs, never by importing regard: that would take a second. An operator's kernels
+Kernels are imported when one first runs, never by importing regard: Triton takes a second. An operator's kernels
 lie in its `triton.py`; beside `@triton.jit` functions it has launchers that take and return what the operator does.
 """
 

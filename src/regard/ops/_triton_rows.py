@@ -18,6 +18,7 @@ __all__ = [
     "load_rows",
     "load_state",
     "matrix",
+    "mixed",
     "product",
     "rows_of",
     "store_rows",
@@ -67,9 +68,15 @@ def store_rows(rows, batch, head, token, there, x, DIM: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
+def mixed(a, b, before, PRECISION: tl.constexpr = "ieee"):
+    """before (R, D), float32, and a (R, S) times b (S, D)."""
+    return tl.dot(a, b, before, input_precision=PRECISION)
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr = "ieee"):
     """a (R, D) times the rows of b (S, D): (R, S) in float32."""
-    return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return mixed(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32), PRECISION)
 
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------

@@ -58,10 +58,10 @@ def check(call) -> None:
 
 SHAPES = [
     (Shape(batch=1, heads=1, key_heads=1, queries=1), [1]),
-    (Shape(batch=2, heads=4, queries=19, dim=24, value_dim=40), even_sizes(50, 7)),
-    (Shape(batch=1, heads=1, key_heads=1, queries=35, dim=8, value_dim=8), [1, 15, 16, 17, 33, 0, 20]),
-    (Shape(batch=1, queries=9, dim=40, value_dim=3), even_sizes(90, 45)),
-    (Shape(batch=1, queries=9, dim=3, value_dim=20), [70, 3, 2]),
+    (Shape(batch=2, heads=2, queries=19, dim=24, value_dim=40), even_sizes(30, 7)),
+    (Shape(batch=1, heads=1, queries=35, dim=8, value_dim=8), [1, 15, 16, 17, 0, 20]),
+    (Shape(batch=1, heads=1, queries=9, dim=40, value_dim=3), even_sizes(70, 35)),
+    (Shape(batch=1, heads=2, queries=5, dim=3, value_dim=20), [40, 3, 2]),
 ]
 
 
@@ -76,7 +76,7 @@ def test_equals_the_specification(shape: Shape, sizes: list[int], fraction: floa
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
-    call = random_call(Shape(1, 2, 1, 20, dim=24, value_dim=16), even_sizes(40, 6), 2, dtype=dtype, prefix=2)
+    call = random_call(Shape(1, 2, 1, 11, dim=24, value_dim=16), even_sizes(20, 4), 2, dtype=dtype, prefix=2)
     query, key, value = (LAYOUTS[layout](t) for t in (call.query, call.key, call.value))
     check(dataclasses.replace(call, query=query, key=key, value=value))
 
@@ -84,11 +84,11 @@ def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("near", [0, 3, 9])
 @pytest.mark.parametrize("prefix", [0, 4])
 def test_hidden_keys(near: int, prefix: int) -> None:
-    visible = torch.rand(2, 2, 60 + prefix, generator=torch.Generator().manual_seed(4)) > 0.6
-    visible[0, 0] = False  # rows that see nothing
-    assignment = clusters_of_sizes(even_sizes(60, 9), 2, 2)
-    visible[0, 1, prefix:] &= assignment[0, 1] != 3  # a cluster that is hidden whole
-    call = random_call(Shape(heads=4, queries=18), [1] * 60, near, prefix=prefix, visible=visible)
+    visible = torch.rand(2, 1, 30 + prefix, generator=torch.Generator().manual_seed(4)) > 0.6
+    visible[0] = False  # rows that see nothing
+    assignment = clusters_of_sizes(even_sizes(30, 9), 2, 1)
+    visible[1, 0, prefix:] &= assignment[1, 0] != 3  # a cluster that is hidden whole
+    call = random_call(Shape(heads=2, key_heads=1, queries=9), [1] * 30, near, prefix=prefix, visible=visible)
     check(dataclasses.replace(call, assignment=assignment, num_clusters=9))
 
 
@@ -101,7 +101,7 @@ def test_compaction(entries: int) -> None:
 
 
 def test_gradients_repeat_bit_for_bit() -> None:
-    call = random_call(Shape(1, 2, 1, 50), even_sizes(60, 8), 3, prefix=2)
+    call = random_call(Shape(1, 2, 1, 40), even_sizes(30, 5), 2, prefix=2)
     first, second = (grads_of(attend, call, output_gradient(call)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -59,15 +59,15 @@ def check(call) -> None:
 SHAPES = [
     (Shape(batch=1, heads=1, key_heads=1, queries=1, keys=1), 1, 1, 1),
     (Shape(batch=1, queries=53, keys=71, dim=24, value_dim=40), 49, 49, 2),
-    (Shape(batch=2, heads=4, queries=40, keys=30, dim=16, value_dim=16), 20, 7, 3),
-    (Shape(batch=1, heads=6, queries=23, keys=41), 4, 4, 6),
-    (Shape(batch=1, queries=19, keys=37, dim=24, value_dim=1), 1, 1, 33),
-    (Shape(batch=1, queries=7, keys=90, dim=3, value_dim=20), 100, 100, 1),
-    (Shape(batch=1, queries=9, keys=40, dim=256, value_dim=256), 5, 17, 2),
+    (Shape(batch=2, queries=23, keys=30), 20, 7, 3),
+    (Shape(batch=1, heads=4, queries=11, keys=23), 4, 4, 6),
+    (Shape(batch=1, heads=1, queries=7, keys=19, dim=24, value_dim=1), 1, 1, 33),
+    (Shape(batch=1, heads=1, queries=7, keys=40, dim=3, value_dim=20), 100, 100, 1),
+    (Shape(batch=1, heads=1, queries=5, keys=20, dim=256, value_dim=256), 5, 17, 2),
 ]
 
 
-@pytest.mark.parametrize(("extra", "bias"), [(0, None), (3, "head"), (17, "query")])
+@pytest.mark.parametrize(("extra", "bias"), [(0, None), (3, "head"), (17, "query"), (2, None)])
 @pytest.mark.parametrize(("shape", "query_block", "key_block", "length"), SHAPES, ids=str)
 def test_equals_the_specification(shape, query_block: int, key_block: int, length: int, extra: int, bias) -> None:
     """Lists have blocks twice, and places with none."""
@@ -78,7 +78,7 @@ def test_equals_the_specification(shape, query_block: int, key_block: int, lengt
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
-    call = random_call(Shape(1, 4, 2, 21, 30, 24, 16), 10, 8, 4, dtype=dtype, extra=3, bias="query")
+    call = random_call(Shape(1, 2, 1, 11, 14, 24, 16), 6, 8, 3, dtype=dtype, extra=3, bias="query")
     names = differentiable(call)
     lists = call.blocks.flip(-1).transpose(1, 3).contiguous().transpose(1, 3).flip(-1)
     laid = with_tensors(call, names, [LAYOUTS[layout](getattr(call, name)) for name in names])
@@ -88,11 +88,11 @@ def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("extra", [0, 2])
 def test_hidden_keys_and_shared_lists(extra: int, alike: bool) -> None:
-    check(random_call(Shape(2, 4, 2, 20, 45), 8, 16, 3, hidden=True, extra=extra, alike=alike))
+    check(random_call(Shape(2, 2, 1, 11, 30), 8, 11, 3, hidden=True, extra=extra, alike=alike))
 
 
 def test_many_queries_share_the_extra_keys_out_among_programs() -> None:
-    check(random_call(Shape(1, 2, 1, 150, 20), 50, 8, 2, extra=5, bias="head"))
+    check(random_call(Shape(1, 1, 1, 130, 20), 70, 20, 1, extra=5, bias="head"))
 
 
 def test_a_key_that_no_list_holds_has_no_gradient() -> None:
@@ -102,6 +102,6 @@ def test_a_key_that_no_list_holds_has_no_gradient() -> None:
 
 
 def test_gradients_repeat_bit_for_bit() -> None:
-    call = random_call(Shape(1, 3, 1, 70, 40), 20, 8, 4, extra=3, bias="head")
+    call = random_call(Shape(1, 2, 1, 40, 20), 20, 8, 3, extra=3, bias="head")
     first, second = (grads_of(attend, call, output_gradient(call)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -24,6 +24,7 @@ from regard.ops._triton_rows import (
     load_rows,
     load_state,
     matrix,
+    mixed,
     product,
     rows_of,
     store_rows,
@@ -65,9 +66,8 @@ def _far(
         spread = load_rows(variance, batch, key_head, cluster, real, DIM, WIDTH)
         logits += product(x * x, spread, PRECISION) * (0.5 * scale * scale)
     number = tl.load(head_of(log_count, batch, key_head) + cluster, mask=real, other=float("-inf"))
-    inside = there[:, None] & real[None, :]
-    resolved = is_resolved(words, batch, head, row[:, None], cluster[None, :], inside)
-    return logits + number[None, :], inside & (resolved == 0) & (number > float("-inf"))[None, :]
+    resolved = is_resolved(words, batch, head, row[:, None], cluster[None, :], clusters, there[:, None])
+    return logits + number[None, :], (resolved == 0) & (number > float("-inf"))[None, :]
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _near(lists, starts, words, batch, head, key_head, tile, step, count, cluste
     own = head_of(lists, batch, head) + tile.to(tl.int64) * lists.token + step
     cluster = tl.load(own, mask=listed, other=clusters)
     bounds = head_of(starts, batch, key_head) + cluster * starts.token
-    seeing = there & is_resolved(words, batch, head, row, cluster, there & listed)
+    seeing = there & is_resolved(words, batch, head, row, cluster, clusters, there)
     return tl.load(bounds), tl.load(bounds + starts.token), seeing
 
 
@@ -110,7 +110,7 @@ def _forward(
         )  # fmt: skip
         v = load_rows(mean_value, batch, key_head, cluster, cluster < clusters, VALUE_DIM, VALUE_WIDTH).to(q.dtype)
         weight, shrink, most, total = take_in(tl.where(seen, logits, float("-inf")), most, total)
-        out = tl.dot(weight.to(q.dtype), v, out * shrink[:, None], input_precision="ieee")
+        out = mixed(weight.to(q.dtype), v, out * shrink[:, None])
     count = tl.load(head_of(counts, batch, head) + tile * counts.token)
     for step in range(0, count + 1):
         begins, ends, seeing = _near(
@@ -122,7 +122,7 @@ def _forward(
             v = load_rows(value, batch, key_head, index, inside, VALUE_DIM, VALUE_WIDTH)
             logits = tl.where(seeing[:, None] & inside[None, :], logits, float("-inf"))
             weight, shrink, most, total = take_in(logits, most, total)
-            out = tl.dot(weight.to(q.dtype), v, out * shrink[:, None], input_precision="ieee")
+            out = mixed(weight.to(q.dtype), v, out * shrink[:, None])
     # A row that sees nothing is all zeros and stays so.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     store_rows(output, batch, head, prefix + row, there, out, VALUE_DIM, VALUE_WIDTH)
@@ -180,10 +180,10 @@ def _backward_queries(
         v = load_rows(mean_value, batch, key_head, cluster, real, VALUE_DIM, VALUE_WIDTH).to(q.dtype)
         _, grad_logits = differentiate(logits, product(grad, v), seen, row_lse, row_mean)
         k = load_rows(mean_key, batch, key_head, cluster, real, DIM, WIDTH)
-        out = tl.dot(grad_logits, k, out, input_precision=PRECISION)
+        out = mixed(grad_logits, k, out, PRECISION)
         if SECOND_ORDER:
             spread = load_rows(variance, batch, key_head, cluster, real, DIM, WIDTH)
-            from_spread = tl.dot(grad_logits, spread, from_spread, input_precision=PRECISION)
+            from_spread = mixed(grad_logits, spread, from_spread, PRECISION)
     for step in range(0, count + 1):
         begins, ends, seeing = _near(
             lists, starts, words, batch, head, key_head, tile, step, count, clusters, row, there
@@ -194,7 +194,7 @@ def _backward_queries(
             grad_weight = product(grad, load_rows(value, batch, key_head, index, inside, VALUE_DIM, VALUE_WIDTH))
             seen = seeing[:, None] & inside[None, :]
             _, grad_logits = differentiate(product(q, k) * scale, grad_weight, seen, row_lse, row_mean)
-            out = tl.dot(grad_logits.to(q.dtype), k, out, input_precision="ieee")
+            out = mixed(grad_logits.to(q.dtype), k, out)
     out = out * scale
     if SECOND_ORDER:
         out += from_spread * q.to(tl.float32) * (scale * scale)
@@ -233,11 +233,11 @@ def _backward_clusters(
             )  # fmt: skip
             v = load_rows(mean_value, batch, key_head, cluster, real, VALUE_DIM, VALUE_WIDTH).to(q.dtype)
             weight, grad_logits = differentiate(logits, product(grad, v), seen, row_lse, row_mean)
-            sum_value = tl.dot(tl.trans(weight.to(q.dtype)), grad, sum_value, input_precision="ieee")
-            sum_key = tl.dot(tl.trans(grad_logits.to(q.dtype)), q, sum_key, input_precision="ieee")
+            sum_value = mixed(tl.trans(weight.to(q.dtype)), grad, sum_value)
+            sum_key = mixed(tl.trans(grad_logits.to(q.dtype)), q, sum_key)
             if SECOND_ORDER:
                 x = q.to(tl.float32)
-                sum_variance = tl.dot(tl.trans(grad_logits), x * x, sum_variance, input_precision=PRECISION)
+                sum_variance = mixed(tl.trans(grad_logits), x * x, sum_variance, PRECISION)
     store_rows(grad_key, batch, key_head, cluster, real, sum_key * scale, DIM, WIDTH)
     store_rows(grad_value, batch, key_head, cluster, real, sum_value, VALUE_DIM, VALUE_WIDTH)
     if SECOND_ORDER:
@@ -276,7 +276,7 @@ def _backward_keys(
                 place = tl.load(listing + step, mask=listed, other=step) * ROWS + tl.arange(0, ROWS)
                 there = place < rows
                 row = tl.load(head_of(rows_order, batch, head) + place, mask=there, other=0)
-                seeing = there & is_resolved(words, batch, head, row, cluster, there & listed)
+                seeing = there & is_resolved(words, batch, head, row, cluster, clusters, there)
                 q = load_rows(query, batch, head, prefix + row, there, DIM, WIDTH)
                 grad = load_rows(grad_output, batch, head, prefix + row, there, VALUE_DIM, VALUE_WIDTH)
                 row_lse, row_mean = load_state(lse, mean, batch, head, row, there)
@@ -285,8 +285,8 @@ def _backward_keys(
                 # Rows of the tile that do not see these keys must not spoil them with a NaN.
                 q = tl.where(seeing[:, None], q, 0.0)
                 grad = tl.where(seeing[:, None], grad, 0.0)
-                sum_value = tl.dot(tl.trans(weight.to(q.dtype)), grad, sum_value, input_precision="ieee")
-                sum_key = tl.dot(tl.trans(grad_logits.to(q.dtype)), q, sum_key, input_precision="ieee")
+                sum_value = mixed(tl.trans(weight.to(q.dtype)), grad, sum_value)
+                sum_key = mixed(tl.trans(grad_logits.to(q.dtype)), q, sum_key)
         store_rows(grad_key, batch, key_head, index, inside, sum_key * scale, DIM, WIDTH)
         store_rows(grad_value, batch, key_head, index, inside, sum_value, VALUE_DIM, VALUE_WIDTH)
 
@@ -315,15 +315,16 @@ def configs(width: int, itemsize: int) -> list[Config]:
     ]
 
 
-def shared_memory(config: Config, widths: int, itemsize: int) -> int:
-    """Bytes that a program may need: tiles of queries and output gradients, also raised; of keys and values or of the
-    clusters' moments, which are float32; and one of logits.
+def shared_memory(config: Config, width: int, value_width: int, itemsize: int) -> int:
+    """Bytes that a program may need: tiles of queries, raised ones too, and of output gradients; of the clusters'
+    moments, which are float32; and one of logits.
 
     Args:
-        widths: padded head_dim of keys and values, together.
+        width, value_width: padded head_dim of keys and values.
     """
-    own = config["ROWS"] * widths * (itemsize + (4 if itemsize < 4 else 0))
-    return own + 4 * config.num_stages * config["COLUMNS"] * 2 * widths + 8 * config["ROWS"] * config["COLUMNS"]
+    own = config["ROWS"] * (itemsize * (width + value_width) + (4 * width if itemsize < 4 else 0))
+    moments = 4 * config.num_stages * config["COLUMNS"] * (2 * width + value_width)
+    return own + moments + 8 * config["ROWS"] * config["COLUMNS"]
 
 
 def _options(call: MultipoleCall) -> dict[str, int]:
@@ -333,7 +334,7 @@ def _options(call: MultipoleCall) -> dict[str, int]:
     itemsize = call.query.element_size()
     config = first_that_fits(
         configs(max(width, value_width), itemsize),
-        lambda config: shared_memory(config, width + value_width, itemsize),
+        lambda config: shared_memory(config, width, value_width, itemsize),
         call.query.device,
     )
     dims = {"DIM": dim, "VALUE_DIM": value_dim, "WIDTH": width, "VALUE_WIDTH": value_width}

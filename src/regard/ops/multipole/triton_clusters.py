@@ -200,10 +200,11 @@ def _compact(members, lists, counts, heads, lines, entries, entry_stride, CHUNK:
 
 
 @triton.jit
-def is_resolved(words, batch, head, row, cluster, there):
-    """Whether rows resolve clusters, wherever `there`; True elsewhere. Row and cluster broadcast to a matrix."""
+def is_resolved(words, batch, head, row, cluster, clusters, there):
+    """Whether rows, wherever `there`, resolve clusters, of those that there are; True elsewhere. Broadcasts."""
     place = row.to(tl.int64) * words.token + cluster // 32
-    word = tl.load(head_of(words, batch, head) + place, mask=there, other=-1)
+    # No scalar condition meets a block of them: Triton's interpreter then forgets that they are booleans.
+    word = tl.load(head_of(words, batch, head) + place, mask=there & (row * 0 + cluster < clusters), other=-1)
     return ((word >> (cluster % 32)) & 1) != 0
 
 
@@ -228,7 +229,8 @@ def clusters_of(call: MultipoleCall) -> Clusters:
             matrix(call.key), matrix(call.value), rows_of(order), rows_of(starts), *(rows_of(t) for t in moments),
             heads, clusters, DIM=dim, VALUE_DIM=value_dim, WIDTH=padded(dim), VALUE_WIDTH=padded(value_dim), COLUMNS=16,
         )  # fmt: skip
-    return Clusters(order, starts, FarField(*moments, None))
+    log_count, mean_key, variance, mean_value, log_spread = moments
+    return Clusters(order, starts, FarField(log_count, mean_key, variance, mean_value, log_spread, None))
 
 
 def tiles_of(call: MultipoleCall, clusters: Clusters, rows_of_a_tile: int) -> Tiles:

@@ -25,6 +25,7 @@ from regard.ops._triton_rows import (
     load_rows,
     load_state,
     matrix,
+    mixed,
     product,
     rows_of,
     store_rows,
@@ -110,7 +111,7 @@ def _forward(
         logits = product(q, load_rows(key, batch, key_head, index, there, DIM, WIDTH)) * scale
         v = load_rows(value, batch, key_head, index, there, VALUE_DIM, VALUE_WIDTH)
         weight, shrink, most, total = take_in(tl.where(there[None, :], logits, float("-inf")), most, total)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        out = mixed(weight.to(v.dtype), v, out * shrink[:, None])
     for first in range(0, extra, COLUMNS):
         index = first + tl.arange(0, COLUMNS)
         there = index < extra
@@ -118,7 +119,7 @@ def _forward(
         logits = _biased(logits, bias, batch, head, token, rows, index, there, bias_stride)
         v = load_rows(extra_value, batch, key_head, index, there, VALUE_DIM, VALUE_WIDTH)
         weight, shrink, most, total = take_in(tl.where(there[None, :], logits, float("-inf")), most, total)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        out = mixed(weight.to(v.dtype), v, out * shrink[:, None])
     # A row that sees nothing is all zeros and stays so.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     store_rows(output, batch, head, token, rows, out, VALUE_DIM, VALUE_WIDTH)
@@ -172,7 +173,7 @@ def _backward_queries(
         grad_weight = product(grad, load_rows(value, batch, key_head, index, there, VALUE_DIM, VALUE_WIDTH))
         seen = rows[:, None] & there[None, :]
         _, grad_logits = differentiate(product(q, k) * scale, grad_weight, seen, row_lse, row_mean)
-        out = tl.dot(grad_logits.to(k.dtype), k, out, input_precision="ieee")
+        out = mixed(grad_logits.to(k.dtype), k, out)
     for first in range(0, extra, COLUMNS):
         index = first + tl.arange(0, COLUMNS)
         there = index < extra
@@ -184,7 +185,7 @@ def _backward_queries(
         if grad_bias is not None:
             own = head_of(grad_bias, batch, head) + place[:, None] * grad_bias.token + index[None, :]
             tl.store(own, grad_logits, mask=seen)
-        out = tl.dot(grad_logits.to(k.dtype), k, out, input_precision="ieee")
+        out = mixed(grad_logits.to(k.dtype), k, out)
     store_rows(grad_query, batch, head, token, rows, out * scale, DIM, WIDTH)
 
 
@@ -231,8 +232,8 @@ def _backward_keys(
             row_lse, row_mean = load_state(lse, mean, batch, head, token, rows)
             seen = rows[:, None] & there[None, :]
             weight, grad_logits = differentiate(product(q, k) * scale, product(grad, v), seen, row_lse, row_mean)
-            sum_value = tl.dot(tl.trans(weight.to(q.dtype)), grad, sum_value, input_precision="ieee")
-            sum_key = tl.dot(tl.trans(grad_logits.to(q.dtype)), q, sum_key, input_precision="ieee")
+            sum_value = mixed(tl.trans(weight.to(q.dtype)), grad, sum_value)
+            sum_key = mixed(tl.trans(grad_logits.to(q.dtype)), q, sum_key)
     # What is hidden has no gradient, not even a query's NaN.
     sum_key = tl.where(there[:, None], sum_key * scale, 0.0)
     sum_value = tl.where(there[:, None], sum_value, 0.0)
@@ -273,8 +274,8 @@ def _backward_extra(
             logits = _biased(product(q, k) * scale, bias, batch, head, token, rows, index, there, bias_stride)
             seen = rows[:, None] & there[None, :]
             weight, grad_logits = differentiate(logits, product(grad, v), seen, row_lse, row_mean)
-            sum_value = tl.dot(tl.trans(weight.to(q.dtype)), grad, sum_value, input_precision="ieee")
-            sum_key = tl.dot(tl.trans(grad_logits.to(q.dtype)), q, sum_key, input_precision="ieee")
+            sum_value = mixed(tl.trans(weight.to(q.dtype)), grad, sum_value)
+            sum_key = mixed(tl.trans(grad_logits.to(q.dtype)), q, sum_key)
             sum_bias += tl.sum(grad_logits, 0)
         if grad_bias is not None:
             tl.store(head_of(grad_bias, part, head) + index, sum_bias, mask=there)
