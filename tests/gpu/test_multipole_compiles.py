@@ -5,7 +5,9 @@ import torch
 from attention_cases import Shape
 from compiling import ARCHITECTURES, Found, compiling
 from multipole_cases import even_sizes, random_call
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import regard
 from regard.ops._triton import Config, only_config, padded
 from regard.ops.multipole import triton as kernels
 from regard.ops.multipole import triton_clusters
@@ -63,3 +65,14 @@ def test_any_number_of_clusters_compiles(dtype: torch.dtype, clusters: int, arch
 def test_some_configuration_fits_the_smaller_gpus(dtype: torch.dtype, dim: int) -> None:
     sizes = [kernels.shared_memory(config, dim, dim, dtype.itemsize) for config in kernels.configs(dim, dtype.itemsize)]
     assert min(sizes) <= SMALLEST_ROOM
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({}, None), ({"tolerance": 0.1}, "tolerance"), ({"num_clusters": 3000}, "3000 clusters")]
+)
+def test_explain_names_triton_on_a_gpu_and_why_it_refuses(options: dict, says: str | None) -> None:
+    with FakeTensorMode():
+        tensors = [torch.empty(1, 2, 4000, 16, device="cuda") for _ in range(3)]
+    told = regard.explain("multipole_attention", *tensors, **{"num_clusters": 30, "near": 2, **options})
+    assert told.backend == ("pytorch" if says else "triton")
+    assert says is None or says in dict(told.refusals)["triton"]

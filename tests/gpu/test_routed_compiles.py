@@ -5,7 +5,9 @@ import torch
 from attention_cases import Shape
 from compiling import ARCHITECTURES, Found, compiling
 from routed_cases import random_call
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import regard
 from regard.ops._triton import Config, only_config, padded
 from regard.ops.routed import triton as kernels
 
@@ -61,3 +63,13 @@ def test_some_configuration_fits_the_smaller_gpus(dtype: torch.dtype, dim: int, 
         for config in kernels.configs(256, dim, dtype.itemsize, by_keys=by_keys)
     ]
     assert min(sizes) <= SMALLEST_ROOM
+
+
+@pytest.mark.parametrize(("dim", "says"), [(64, None), (300, "head_dim 300")])
+def test_explain_names_triton_on_a_gpu_and_why_it_refuses(dim: int, says: str | None) -> None:
+    with FakeTensorMode():
+        tensors = [torch.empty(1, 2, 40, dim, device="cuda") for _ in range(3)]
+        blocks = torch.empty(2, 3, device="cuda", dtype=torch.int64)
+    told = regard.explain("routed_attention", *tensors, blocks=blocks, query_block=20, key_block=8)
+    assert told.backend == ("pytorch" if says else "triton")
+    assert says is None or says in dict(told.refusals)["triton"]

@@ -216,6 +216,8 @@ def clusters_of(call: MultipoleCall) -> Clusters:
     prefix, clusters = call.num_prefix_tokens, call.num_clusters
     batch, heads, keys, dim = call.key.shape
     value_dim = call.value.shape[3]
+    inside = (call.clusters >= 0) & (call.clusters < clusters)
+    torch._assert_async(inside.all(), f"assignment: expected clusters 0 to {clusters - 1}")  # does not wait
     own = pad(call.clusters, (prefix, 0), value=clusters)
     if call.visible is not None:
         own = own.masked_fill(~call.visible, clusters + 1)

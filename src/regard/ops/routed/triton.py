@@ -294,7 +294,7 @@ def configs(own: int, width: int, itemsize: int, *, by_keys: bool = False, backw
         width: padded head_dim, of values if those are wider. itemsize: bytes of a number.
         backward: where more tiles are held at a time.
     """
-    most = 64 if itemsize == 2 and width * (2 if backward else 1) <= 256 else 32 if width <= 128 else 16
+    most = 64 if itemsize == 2 and width * (2 if backward else 1) <= 256 else 32 if width * itemsize <= 512 else 16
     held = min(most, padded(own))
     warps = 8 if width >= 128 and held > 16 else 4
     names = ("COLUMNS", "ROWS") if by_keys else ("ROWS", "COLUMNS")
