@@ -57,7 +57,6 @@ def check(call) -> None:
 
 
 SHAPES = [
-    (Shape(batch=1, heads=1, key_heads=1, queries=1, keys=1), 1, 1, 1),
     (Shape(batch=1, queries=53, keys=71, dim=24, value_dim=40), 49, 49, 2),
     (Shape(batch=2, queries=23, keys=30), 20, 7, 3),
     (Shape(batch=1, heads=4, queries=11, keys=23), 4, 4, 6),
@@ -73,6 +72,11 @@ def test_equals_the_specification(shape, query_block: int, key_block: int, lengt
     """Lists have blocks twice, and places with none."""
     shape = dataclasses.replace(shape, key_heads=1 if shape.heads % 2 else shape.heads // 2)
     check(random_call(shape, query_block, key_block, length, extra=extra, bias=bias))
+
+
+@pytest.mark.parametrize("extra", [0, 2, 3])
+def test_one_query_and_one_key(extra: int) -> None:
+    check(random_call(Shape(1, 1, 1, 1, 1), 1, 1, 1, extra=extra, bias="query" if extra == 3 else None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
