@@ -317,14 +317,14 @@ def configs(width: int, itemsize: int) -> list[Config]:
 
 def shared_memory(config: Config, width: int, value_width: int, itemsize: int) -> int:
     """Bytes that a program may need: tiles of queries, raised ones too, and of output gradients; of the clusters'
-    moments, which are float32; and one of logits.
+    moments, which are float32; of logits and their gradients; and what the compiler adds.
 
     Args:
         width, value_width: padded head_dim of keys and values.
     """
     own = config["ROWS"] * (itemsize * (width + value_width) + (4 * width if itemsize < 4 else 0))
     moments = 4 * config.num_stages * config["COLUMNS"] * (2 * width + value_width)
-    return own + moments + 8 * config["ROWS"] * config["COLUMNS"]
+    return own + moments + 12 * config["ROWS"] * config["COLUMNS"] + 4096
 
 
 def _options(call: MultipoleCall) -> dict[str, int]:

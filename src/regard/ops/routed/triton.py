@@ -307,14 +307,15 @@ def configs(own: int, width: int, itemsize: int, *, by_keys: bool = False, backw
 
 
 def shared_memory(config: Config, widths: int, itemsize: int, *, by_keys: bool = False) -> int:
-    """Bytes that a program may need: the tile it holds, those that stream past it, and one of logits.
+    """Bytes that a program may need: the tile it holds, those that stream past it, logits and their gradients, and what
+    the compiler adds.
 
     Args:
         widths: padded head_dim of keys and values, together.
     """
     held, streamed = ("COLUMNS", "ROWS") if by_keys else ("ROWS", "COLUMNS")
     rows = config[held] + config.num_stages * config[streamed]
-    return itemsize * widths * rows + 8 * config["ROWS"] * config["COLUMNS"]
+    return itemsize * widths * rows + 8 * config["ROWS"] * config["COLUMNS"] + 4096
 
 
 def _options(call: RoutedCall, own: int, *, by_keys: bool = False, backward: bool = True) -> dict[str, int]:
