@@ -5,7 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -48,37 +48,37 @@ class Found:
         return int(re.search(r"STACK:(\d+)", told)[1])
 
 
-class _Compiler:
-    """Stands in a kernel's place: launching it compiles it."""
+@dataclass
+class _Arguments:
+    """What a launch tells the compiler of its arguments, which may be tuples of others; by their paths."""
 
-    def __init__(self, kernel: JITFunction, architecture: int, found: list[Found]) -> None:
-        self.kernel, self.architecture, self.found = kernel, architecture, found
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self._compile
+    def type_of(self, value: Any, path: tuple[int, ...], constant: bool, specialized: bool) -> Any:
+        if isinstance(value, tuple):  # whose members are specialized whatever the kernel says
+            types = [self.type_of(one, (*path, place), False, True) for place, one in enumerate(value)]
+            return getattr(type(value), "_make", tuple)(types)
+        if constant or value is None or (type(value) is int and value == 1 and specialized):
+            self.constants[path] = value
+            return "constexpr"
+        if specialized and _divisible(value):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
 
-    def _compile(self, **arguments: Any) -> None:
-        options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
-        assert set(arguments) == set(inspect.signature(self.kernel.fn).parameters), self.kernel.fn.__name__
-        signature, constants, attributes = {}, {}, {}
 
-        def describe(given: Any, path: tuple[int, ...], parameter: Any) -> Any:
-            """A tuple's members are always specialized."""
-            if isinstance(given, tuple):
-                return tuple(describe(one, (*path, place), parameter) for place, one in enumerate(given))
-            specialized = len(path) > 1 or not parameter.do_not_specialize
-            if parameter.is_constexpr or given is None or (type(given) is int and given == 1 and specialized):
-                constants[path] = given
-                return "constexpr"
-            if specialized and _divisible(given):
-                attributes[path] = [["tt.divisibility", 16]]
-            return _type(given)
-
-        for place, parameter in enumerate(self.kernel.params):
-            signature[parameter.name] = describe(arguments[parameter.name], (place,), parameter)
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
-        self.found.append(Found(self.kernel.fn.__name__, compiled.metadata.shared, compiled))
+def _compile(kernel: JITFunction, architecture: int, *given: Any, **named: Any) -> Found:
+    """Compile what a launch with these arguments would run."""
+    options = {name: named.pop(name) for name in _OPTIONS if name in named}
+    arguments = inspect.signature(kernel.fn).bind(*given, **named).arguments
+    told = _Arguments({}, {})
+    signature = {
+        p.name: told.type_of(arguments[p.name], (place,), p.is_constexpr, not p.do_not_specialize)
+        for place, p in enumerate(kernel.params)
+    }
+    source = ASTSource(kernel, signature, told.constants, told.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return Found(kernel.fn.__name__, compiled.metadata.shared, compiled)
 
 
 def _type(value: Any) -> str:
@@ -99,8 +99,15 @@ def _divisible(value: Any) -> bool:
 def compiling(launchers: ModuleType, architecture: int) -> Iterator[list[Found]]:
     """Within this context, launching a kernel of the module compiles it into the list that is given."""
     found: list[Found] = []
-    kernels = {name: one for name, one in vars(launchers).items() if isinstance(one, JITFunction)}
-    with mock.patch.multiple(
-        launchers, **{name: _Compiler(kernel, architecture, found) for name, kernel in kernels.items()}
-    ):
+
+    def stand_in(kernel: JITFunction) -> Any:
+        def run(*given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+            found.append(_compile(kernel, architecture, *given, **named))
+
+        return mock.patch.object(kernel, "run", run)
+
+    with ExitStack() as patches:
+        for kernel in vars(launchers).values():
+            if isinstance(kernel, JITFunction):
+                patches.enter_context(stand_in(kernel))
         yield found

@@ -215,7 +215,7 @@ def test_explain_names_the_backend_and_every_refusal() -> None:
     for reason, args, options in cases:
         found = regard.explain("multipole_attention", *args, **OPTIONS, **options)
         assert found.backend == "pytorch" and reason in str(found)
-        assert dict(found.refusals).keys() == {"cpu"}
+        assert dict(found.refusals).keys() == {"cpu", "triton"}
     with pytest.raises(ValueError, match="near"):
         regard.explain(multipole_attention, *plain, num_clusters=4, near=5)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from regard.ops._arguments import check_dropout, check_scale, check_tensors, fold, lowered_for_autocast, visible_keys
 from regard.ops._counts import check_count, share_of
-from regard.ops._dispatch import Operator
-from regard.ops._operator import KernelBackend, PyTorchBackend
+from regard.ops._dispatch import Operator, Refusal
+from regard.ops._operator import AttentionCall, KernelBackend, PyTorchBackend, TritonBackend
 from regard.ops._selection import kept_by_threshold
-from regard.ops.multipole.call import MultipoleCall, clusters_of_keys
+from regard.ops.multipole.call import MultipoleCall, beyond_triton, clusters_of_keys
 from regard.ops.multipole.op import multipole_attention_blocks, multipole_attention_op
 from regard.ops.multipole.reference import multipole_attention_reference
 
@@ -206,6 +206,11 @@ def _check_grid(grid_size: Sequence[int] | None, cells: int) -> tuple[int, ...] 
     return grid
 
 
+class _TritonBackend(TritonBackend):
+    def supports(self, call: AttentionCall) -> Refusal | None:
+        return super().supports(call) or beyond_triton(call)  # type: ignore[arg-type]
+
+
 def _reference(call: MultipoleCall) -> Tensor:
     """Selects as the kernels do."""
     return multipole_attention_reference(call, kept_by_threshold)
@@ -214,5 +219,9 @@ def _reference(call: MultipoleCall) -> Tensor:
 OPERATOR = Operator(
     "multipole_attention",
     lambda *args, **kwargs: _bind(*args, **kwargs)[0],
-    (KernelBackend(multipole_attention_op), PyTorchBackend(multipole_attention_blocks, _reference)),
+    (
+        KernelBackend(multipole_attention_op),
+        _TritonBackend(multipole_attention_op),
+        PyTorchBackend(multipole_attention_blocks, _reference),
+    ),
 )

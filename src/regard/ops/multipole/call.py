@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.ops._dispatch import Refusal
 from regard.ops._selection import raised
 from regard.ops.clustering.kmeans import kmeans_operator
 
-__all__ = ["MultipoleCall", "clusters_of_keys"]
+__all__ = ["MultipoleCall", "beyond_triton", "clusters_of_keys"]
+
+# A tile of queries holds its ranks of all clusters on chip, to find the near ones.
+_MOST_CLUSTERS = 2048
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,15 @@ class MultipoleCall:
     def ungrouped(self, rows: Tensor) -> Tensor:
         """The inverse of `grouped`."""
         return rows.unflatten(2, (self.groups, rows.shape[2] // self.groups)).flatten(1, 2)
+
+
+def beyond_triton(call: MultipoleCall) -> Refusal | None:
+    """Why the Triton kernels do not take this call, whatever its tensors; None if they do."""
+    if call.tolerance < math.inf:
+        return Refusal("a tolerance resolves a number of clusters of its own for each query; this kernel, a fixed one")
+    if call.num_clusters > _MOST_CLUSTERS:
+        return Refusal(f"{call.num_clusters} clusters; this kernel selects among {_MOST_CLUSTERS} at most")
+    return None
 
 
 def clusters_of_keys(call: MultipoleCall, iterations: int, grid_size: tuple[int, ...] | None) -> Tensor:

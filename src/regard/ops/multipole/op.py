@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
+from regard.ops import _library, _triton
 from regard.ops._arguments import heads_last
 from regard.ops._operator import define, second_gradients
 from regard.ops._selection import kept_by_threshold
@@ -88,6 +88,8 @@ def _define(name: str) -> Any:
 multipole_attention_op = _define("multipole_attention")
 multipole_attention_blocks = _define("multipole_attention_blocks")
 _library.problem()  # loads the kernels
+_triton.register("multipole_attention", "regard.ops.multipole.triton", "forward", _forward)
+_triton.register("multipole_attention_backward", "regard.ops.multipole.triton", "backward", _backward)
 
 
 @register_flop_formula(torch.ops.regard.multipole_attention_blocks)

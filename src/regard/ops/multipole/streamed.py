@@ -10,7 +10,7 @@ from regard.ops._selection import kept_by_threshold, raised, softmax_of_kept
 from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import FarField, far_field, key_logits, keys_and_values, row_weights
 
-__all__ = ["attend", "gradients"]
+__all__ = ["add_from_moments", "attend", "gradients"]
 
 # Elements of one block's logits: a few MB, whatever the number of queries.
 _BLOCK = 1 << 21
@@ -72,11 +72,11 @@ def gradients(call: MultipoleCall, grad_output: Tensor) -> tuple[Tensor, Tensor,
         grad_query[:, :, rows] = call.ungrouped(grad_q)
     grad_key, from_mean = grad_keys.split([key.shape[2], call.num_clusters], dim=2)
     grad_value, from_value = grad_values.split([key.shape[2], call.num_clusters], dim=2)
-    _add_from_moments(call, field, (from_mean, grad_variance, from_value), grad_key, grad_value)
+    add_from_moments(call, field, (from_mean, grad_variance, from_value), grad_key, grad_value)
     return grad_query, grad_key, grad_value
 
 
-def _add_from_moments(
+def add_from_moments(
     call: MultipoleCall, field: FarField, grads: tuple[Tensor, Tensor, Tensor], grad_key: Tensor, grad_value: Tensor
 ) -> None:
     """Add to keys and values what reaches them through mean key, variance and mean value of their cluster."""

@@ -13,7 +13,7 @@ from regard.ops._arguments import (
 )
 from regard.ops._counts import check_count, share_of
 from regard.ops._dispatch import Operator, functorch_active
-from regard.ops._operator import KernelBackend, PyTorchBackend
+from regard.ops._operator import KernelBackend, PyTorchBackend, TritonBackend
 from regard.ops.routed.call import RoutedCall, check_range
 from regard.ops.routed.op import routed_attention_gathered, routed_attention_op
 from regard.ops.routed.reference import routed_attention_reference
@@ -220,5 +220,9 @@ def _canonical_bias(bias: Tensor, query: Tensor, extra_key: Tensor) -> Tensor:
 OPERATOR = Operator(
     "routed_attention",
     lambda *args, **kwargs: _bind(*args, **kwargs)[0],
-    (KernelBackend(routed_attention_op), PyTorchBackend(routed_attention_gathered, routed_attention_reference)),
+    (
+        KernelBackend(routed_attention_op),
+        TritonBackend(routed_attention_op),
+        PyTorchBackend(routed_attention_gathered, routed_attention_reference),
+    ),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.ops import _library
+from regard.ops import _library, _triton
 from regard.ops._arguments import heads_last
 from regard.ops._operator import define, second_gradients
 from regard.ops.routed.call import RoutedCall
@@ -121,6 +121,8 @@ def _define(name: str) -> Any:
 routed_attention_op = _define("routed_attention")
 routed_attention_gathered = _define("routed_attention_gathered")
 _library.problem()  # loads the kernels
+_triton.register("routed_attention", "regard.ops.routed.triton", "forward", _forward)
+_triton.register("routed_attention_backward", "regard.ops.routed.triton", "backward", _backward)
 
 
 def _forward_flops(
