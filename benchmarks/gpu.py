@@ -15,6 +15,7 @@ A further operator is a line in ROOMS.
 """
 
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -93,10 +94,15 @@ def _routed(side: int, region: int, batch: int = 8, heads: int = 4, head_dim: in
     return Case(side * region, batch, heads, head_dim, f"regions of {region}, top 4", options)
 
 
-def _knn_configurations(dtype: torch.dtype, dim: int) -> list[_triton.Config]:
-    from regard.ops.knn.triton import configurations
+def _configurations(operator: str) -> Callable[[torch.dtype, int], list[_triton.Config]]:
+    """Imported when asked for: a machine without Triton learns that it has no GPU."""
 
-    return configurations(dtype, dim)
+    def configurations(dtype: torch.dtype, dim: int) -> list[_triton.Config]:
+        launchers = importlib.import_module(f"regard.ops.{operator}.triton")
+        found: list[_triton.Config] = launchers.configurations(dtype, dim)
+        return found
+
+    return configurations
 
 
 def _masks_of_knn(dtype: str) -> tuple[str, bool]:
@@ -147,7 +153,7 @@ ROOMS = (
             Timed(_knn(16384, 1 / 16), (Goal("sdpa", 1 / 3),)),
             Timed(_knn(65536, 1 / 16, batch=1), directions=(FORWARD,)),
         ),
-        _knn_configurations,
+        _configurations("knn"),
         _masks_of_knn,
     ),
     Room(
@@ -159,6 +165,7 @@ ROOMS = (
             Timed(_neighborhood(128, 7), (Goal("sdpa", 5.0), Goal("flex", 1.0))),
             Timed(_neighborhood(128, 13), (Goal("sdpa", 5.0), Goal("flex", 1.0))),
         ),
+        _configurations("neighborhood"),
     ),
     Room(
         "multipole",
