@@ -72,7 +72,7 @@ def test_a_wrong_option_is_named_in_one_line(arguments, named, capsys):
 
 def test_an_unknown_command_is_told_the_known_ones(capsys):
     assert main(["nothing"]) == 2
-    assert "compare, convert, bench, simulate, list, doctor" in capsys.readouterr().err
+    assert "compare, convert, export, bench, simulate, list, doctor" in capsys.readouterr().err
 
 
 def test_list_names_every_mechanism_in_a_form_that_parses(capsys):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,11 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
     floor = torch.finfo(ours.dtype).eps * size.abs().max().item()
     budget = max(*(2.0 * other for other in others), floor) * ROUNDINGS
     assert error <= budget, f"error {error:.3g}, eager {others}, floor {floor:.3g}"
+
+
+def slowly(*values: Any) -> Any:
+    """A case that only a run of the slow tests takes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def repeats_bit_for_bit(run: Callable[[], Sequence[Tensor]], *, tolerance: float) -> None:

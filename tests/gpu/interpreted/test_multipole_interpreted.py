@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import HALVES, LAYOUTS, Shape
+from attention_cases import HALVES, LAYOUTS, Shape, slowly
 from multipole_cases import attend, clusters_of_sizes, even_sizes, judged, random_call
 from test_multipole_backward import (  # noqa: F401
     check_gradients,
@@ -38,6 +38,8 @@ from regard.ops._triton import Config, only_config
 from regard.ops.multipole import triton as kernels
 from regard.ops.multipole.triton_clusters import compacted
 
+pytest.mark.slow(test_grouped_heads_sum_their_gradients)
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch says that an implementation is overridden
 
 
@@ -65,8 +67,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("far", ["centroid", "gaussian"])
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("far", ["centroid", slowly("gaussian")])
+@pytest.mark.parametrize("fraction", [slowly(0.0), 0.3, slowly(1.0)])
 @pytest.mark.parametrize(("shape", "sizes"), SHAPES, ids=str)
 def test_equals_the_specification(shape: Shape, sizes: list[int], fraction: float, far: str) -> None:
     shape = dataclasses.replace(shape, key_heads=max(1, shape.heads // 2))
@@ -74,7 +76,7 @@ def test_equals_the_specification(shape: Shape, sizes: list[int], fraction: floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["gapped", *(slowly(layout) for layout in LAYOUTS if layout != "gapped")])
 def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype) -> None:
     call = random_call(Shape(1, 2, 1, 11, dim=24, value_dim=16), even_sizes(20, 4), 2, dtype=dtype, prefix=2)
     query, key, value = (LAYOUTS[layout](t) for t in (call.query, call.key, call.value))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import LAYOUTS, Largest, Shape
+from attention_cases import LAYOUTS, Largest, Shape, slowly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from neighborhood_cases import (
@@ -31,11 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch says tha
 SMALL = Shape(batch=1, heads=2, key_heads=1, dim=16, value_dim=24)
 ONE = Shape(batch=1, heads=1, key_heads=1)
 every_border = pytest.mark.parametrize("border", BORDERS)
-
-
-def slowly(*values):
-    """A case that only a run of the slow tests takes."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")
