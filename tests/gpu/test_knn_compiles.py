@@ -21,8 +21,8 @@ def launch(dtype, dim, config, mask=None, causal=False):
         kernels.backward(query, query, key, value, mask, *state[1:], 9, causal, 0.125, mask is not None)
 
 
-def check(found, dtype, dim, config):
-    limit = shared_memory(config, dtype, dim)
+def check(found, dtype, dim, config, masked=False):
+    limit = shared_memory(config, dtype, dim, masked=masked)
     for one in found:
         assert one.shared <= limit, f"{one.name}: {one.shared} bytes of shared memory, reckoned {limit}"
 
@@ -38,7 +38,7 @@ def test_a_training_step_compiles() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dim", [64, 80, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture: int) -> None:
     for config in configurations(dtype, dim):
         with compiling(kernels, architecture) as found:
@@ -56,7 +56,7 @@ def test_masks_and_their_gradients_compile(size: tuple[int, ...]) -> None:
     with compiling(kernels, 90) as found:
         launch(torch.bfloat16, 64, config, torch.zeros(size), causal=True)
     assert [one.name for one in found] == [*KERNELS, "mask_kernel"]
-    check(found, torch.bfloat16, 64, config)
+    check(found, torch.bfloat16, 64, config, masked=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

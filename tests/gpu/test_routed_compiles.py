@@ -25,8 +25,8 @@ def launch(dtype: torch.dtype, dim: int, config: Config, architecture: int, **op
 
 
 def configs(dtype: torch.dtype, dim: int) -> list[Config]:
-    both = [kernels.configs(256, padded(dim), dtype.itemsize, by_keys=by_keys) for by_keys in (False, True)]
-    return [*kernels.configs(256, padded(dim), dtype.itemsize, backward=False), *both[0], *both[1]]
+    """The first by queries and by keys."""
+    return [kernels.configs(256, padded(dim), dtype.itemsize, by_keys=by_keys)[0] for by_keys in (False, True)]
 
 
 def needed(config: Config, dtype: torch.dtype, dim: int) -> int:
@@ -45,10 +45,10 @@ def test_a_training_step_compiles(architecture: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_configuration_compiles(dtype: torch.dtype, dim: int, architecture: int) -> None:
-    for config in dict.fromkeys(configs(dtype, dim)):
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_configurations_that_come_first_compile(dtype: torch.dtype, dim: int, architecture: int) -> None:
+    for config in configs(dtype, dim):
         for one in launch(dtype, dim, config, architecture, extra=3, bias="query"):
             limit = needed(config, dtype, dim)
             assert one.shared <= limit, f"{one.name}, {config}: {one.shared} bytes, reckoned {limit}"

@@ -34,33 +34,37 @@ def configurations(dtype: torch.dtype, dim: int) -> list[Config]:
             Config.of(ROWS=64, KEYS=64, num_warps=4, num_stages=3),
             Config.of(ROWS=64, KEYS=32, num_warps=4, num_stages=2),
         ]
+    # Larger tiles spill thousands of bytes a thread before Hopper, where sums lie in registers in another way.
     if tile <= 128:
         return [
-            Config.of(ROWS=128, KEYS=64, num_warps=8, num_stages=2),
-            Config.of(ROWS=64, KEYS=64, num_warps=4, num_stages=2),
+            Config.of(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
             Config.of(ROWS=64, KEYS=32, num_warps=4, num_stages=2),
         ]
     return [
-        Config.of(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
-        Config.of(ROWS=64, KEYS=32, num_warps=8, num_stages=2),
+        Config.of(ROWS=32, KEYS=32, num_warps=8, num_stages=2),
         Config.of(ROWS=32, KEYS=32, num_warps=4, num_stages=1),
     ]
 
 
-def shared_memory(config: Config, dtype: torch.dtype, dim: int) -> int:
+def shared_memory(config: Config, dtype: torch.dtype, dim: int, *, masked: bool = False) -> int:
     """Bytes of shared memory that the hungriest kernel needs under a config, from above.
 
     The two tiles that stay, the two of every stage in flight, the weights on their way from sums to operands, and the
-    rows' state.
+    rows' state; and, of the mask, a tile of every stage but the last.
     """
     rows, keys, stages = config["ROWS"], config["KEYS"], max(config.num_stages, 1)
     tiles = 2 * padded(dim) * max(stages * rows + keys, stages * keys + rows)
-    return dtype.itemsize * (tiles + rows * keys) + 24 * rows + 2048
+    of_mask = 4 * rows * keys * max(1, stages - 1) if masked else 0
+    return dtype.itemsize * (tiles + rows * keys) + of_mask + 24 * rows + 2048
 
 
-def _config(query: Tensor, value: Tensor) -> Config:
+def _config(query: Tensor, value: Tensor, mask: Tensor | None) -> Config:
     dim, dtype = max(query.shape[-1], value.shape[-1]), query.dtype
-    return first_that_fits(configurations(dtype, dim), lambda config: shared_memory(config, dtype, dim), query.device)
+    return first_that_fits(
+        configurations(dtype, dim),
+        lambda config: shared_memory(config, dtype, dim, masked=mask is not None),
+        query.device,
+    )
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> None:
@@ -121,7 +125,7 @@ def forward(
     scale: float,
 ) -> State:
     """output, lse, kth_logit, last_tie, as the operator in op.py returns them; the same arguments."""
-    config = _config(query, value)
+    config = _config(query, value, attn_mask)
     batch, heads, queries, _ = query.shape
     output = heads_last(query, (batch, heads, queries, value.shape[3]))
     lse, kth_logit, threshold, largest = (
@@ -159,7 +163,7 @@ def backward(
     mask_gradient: bool,
 ) -> State:
     """grad_query, grad_key, grad_value, grad_mask, as the operator in op.py returns them; the same arguments."""
-    config = _config(query, value)
+    config = _config(query, value, attn_mask)
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
     grad_query, grad_key, grad_value = (heads_last(t, tuple(t.shape)) for t in (query, key, value))

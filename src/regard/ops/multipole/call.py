@@ -13,8 +13,8 @@ from regard.ops.clustering.kmeans import kmeans_operator
 
 __all__ = ["MultipoleCall", "beyond_triton", "clusters_of_keys"]
 
-# A tile of queries holds its ranks of all clusters on chip, to find the near ones.
-_MOST_CLUSTERS = 2048
+# The moments of all clusters, some channels at a time, lie on chip, within what the smaller GPUs have.
+_MOST_CLUSTERS = {False: 1024, True: 512}  # by second_order
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def beyond_triton(call: MultipoleCall) -> Refusal | None:
     """Why the Triton kernels do not take this call, whatever its tensors; None if they do."""
     if call.tolerance < math.inf:
         return Refusal("a tolerance resolves a number of clusters of its own for each query; this kernel, a fixed one")
-    if call.num_clusters > _MOST_CLUSTERS:
-        return Refusal(f"{call.num_clusters} clusters; this kernel selects among {_MOST_CLUSTERS} at most")
+    if call.num_clusters > (most := _MOST_CLUSTERS[call.second_order]):
+        return Refusal(f"{call.num_clusters} clusters; this kernel selects among {most} at most")
     return None
 
 

@@ -315,7 +315,7 @@ def shared_memory(config: Config, widths: int, itemsize: int, *, by_keys: bool =
     """
     held, streamed = ("COLUMNS", "ROWS") if by_keys else ("ROWS", "COLUMNS")
     rows = config[held] + config.num_stages * config[streamed]
-    return itemsize * widths * rows + 8 * config["ROWS"] * config["COLUMNS"] + 4096
+    return itemsize * widths * rows + 8 * config["ROWS"] * config["COLUMNS"] + 8192
 
 
 def _options(call: RoutedCall, own: int, *, by_keys: bool = False, backward: bool = True) -> dict[str, int]:
