@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regard.ops
-from regard.benchmark import gates
+from regard.benchmark import gates, grid
 from regard.benchmark.entry import Case, Peer, prepared_call
 from regard.benchmark.grid import OWN, Grid, Point, measure_memory, measure_point, points_of
 from regard.benchmark.operators import OPERATORS, entries_of
@@ -267,3 +267,33 @@ def test_growth_is_fitted_to_the_large_sizes_of_a_series():
     assert (found[OWN].tokens_low, found[OWN].tokens_high) == (1000, 4000)
     assert growth_of(cells[:1]) == []
     assert growth_of([cell(10, 1.0), cell(1000, 10.0)])[0].exponent == pytest.approx(0.5)
+
+
+class TurnsOfAGPU:
+    """Stands in for OnGPU: each call tells a second, whatever it took."""
+
+    made: list["TurnsOfAGPU"] = []
+
+    def __init__(self, calls):
+        self.calls, self.turns = list(calls), 0
+        TurnsOfAGPU.made.append(self)
+
+    def clock(self):
+        self()
+        return 1.0
+
+    def __call__(self):
+        self.calls[self.turns % len(self.calls)]()
+        self.turns += 1
+
+
+def test_on_a_gpu_every_contender_takes_its_inputs_in_turn(monkeypatch):
+    monkeypatch.setattr(TurnsOfAGPU, "made", [])
+    monkeypatch.setattr(grid, "OnGPU", TurnsOfAGPU)
+    monkeypatch.setattr(grid, "input_sets", lambda tensors, device: [tensors, dict(tensors), dict(tensors)])
+    monkeypatch.setattr(grid, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cell = measure_point(point_of(tiny("knn")), Grid(seconds=0.05))
+    assert [one.name for one in cell.times if not one.skipped] == ["regard", "sdpa", "published"]
+    assert all(one.seconds == 1.0 for one in cell.times)
+    assert len(TurnsOfAGPU.made) == 3 and all(len(one.calls) == 3 and one.turns >= 3 for one in TurnsOfAGPU.made)

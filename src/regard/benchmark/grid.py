@@ -15,6 +15,7 @@ from torch import Tensor
 from regard.benchmark.against import Against, AgainstError
 from regard.benchmark.entry import Case, Entry, Peer, output_gradient, prepared_call
 from regard.benchmark.memory import Job, bytes_of, measure_peaks
+from regard.benchmark.on_gpu import OnGPU, input_sets
 from regard.benchmark.operators import entries_of
 from regard.benchmark.timing import Ratio, Timing, interleave
 from regard.benchmark.workload import FORWARD, FORWARD_BACKWARD
@@ -175,13 +176,14 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
     )
     if not cell.passed:
         return cell
-    own = _ready(point, OWN, tensors)
-    cell.flops, results = point.entry.counted(case, point.direction, own)
+    cell.flops, results = point.entry.counted(case, point.direction, _ready(point, OWN, [tensors]))
     cell.bytes = bytes_of([*tensors.values(), *results]) + (0 if point.direction == FORWARD else bytes_of(results[:1]))
     if point.entry.approximates:
         cell.cosine = _cosine_to_dense(results[0], tensors)
     del results
-    calls, skipped = {OWN: own}, {}
+    sets = input_sets(tensors, grid.device) if _on_gpu(grid.device) else [tensors]
+    calls: dict[str, Callable[[], Any]] = {OWN: _ready(point, OWN, sets)}
+    skipped: dict[str, str] = {}
     slow: dict[str, float] = {}
     for peer in point.peers():
         reason = peer.refuses(case, point.dtype, point.direction) or grid.too_slow(point, peer)
@@ -191,7 +193,7 @@ def measure_point(point: Point, grid: Grid) -> BenchCell:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of others' code: their users' business
-                call = _ready(point, peer.name, tensors)
+                call = _ready(point, peer.name, sets)
                 seconds = _once(call, grid.device)
         except Exception as error:  # of whatever a peer is made of: its own figure is missing, no other
             skipped[peer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -249,11 +251,13 @@ def _measure_against(point: Point, grid: Grid, against: Against, tensors: dict[s
     return _bench_time(against.name, *found)
 
 
-def _ready(point: Point, name: str, tensors: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    function, given = point.contender(name), tensors
+def _ready(point: Point, name: str, sets: Sequence[dict[str, Tensor]]) -> Callable[[], Any]:
+    """What is timed: a call on the inputs, or, given several sets, a GPU's that takes them in turn."""
+    function = point.contender(name)
     if name == "float32":  # its inputs are in float32 already: a cast would be part of the time
-        function, given = point.entry.own(point.case), _raised(tensors)
-    return prepared_call(function, given, point.direction)
+        function, sets = point.entry.own(point.case), [_raised(one) for one in sets]
+    calls = [prepared_call(function, one, point.direction) for one in sets]
+    return calls[0] if len(calls) == 1 else OnGPU(calls)
 
 
 def time_contenders(
@@ -299,8 +303,12 @@ def _once(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - begun
 
 
+def _on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def _waiting(device: str) -> Callable[[], Any] | None:
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else None
+    return torch.cuda.synchronize if _on_gpu(device) else None
 
 
 def measure_memory(cells: Sequence[BenchCell], points: Sequence[Point], device: str, timeout_seconds: float) -> None:
@@ -339,4 +347,4 @@ def prepare_contender(
     cases = [case for case in entry.cases if tiny or case.label == label]
     case = min(cases, key=lambda case: case.tokens * case.batch)
     point = Point(entry, case, dtype, direction)
-    return _ready(point, contender, entry.inputs(case, dtype, device))
+    return _ready(point, contender, [entry.inputs(case, dtype, device)])
