@@ -57,10 +57,14 @@ def random_call(
 
 
 @st.composite
-def problems(draw) -> NeighborhoodCall:
-    """Any call: ranks, borders, windows and dilations larger than the grid, prefix tokens, grouped heads."""
+def problems(draw, largest: tuple[int, int, int] = (40, 20, 7)) -> NeighborhoodCall:
+    """Any call: ranks, borders, windows and dilations larger than the grid, prefix tokens, grouped heads.
+
+    Args:
+        largest: of an axis of the grid, by rank.
+    """
     rank = draw(st.integers(1, 3))
-    longest, widest = ((40, 45), (20, 9), (7, 5))[rank - 1]
+    longest, widest = largest[rank - 1], (45, 9, 5)[rank - 1]
     grid = [draw(st.integers(1, longest)) for _ in range(rank)]
     kernel = [draw(st.integers(1, widest)) for _ in range(rank)]
     dilation = [draw(st.sampled_from([1, 1, 2, 3, 8])) for _ in range(rank)]

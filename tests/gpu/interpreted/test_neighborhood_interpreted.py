@@ -271,6 +271,6 @@ def test_every_pattern(pattern: Pattern, border: str) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(problems())
+@given(problems(largest=(20, 5, 3)))
 def test_any_problem(call) -> None:
     check(call)
