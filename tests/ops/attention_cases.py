@@ -1,5 +1,6 @@
 """Input factories and judgements that the tests of all attention operators share."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regard.ops import _library
+from regard.ops import SlowPathWarning, _dispatch, _library
 
 # The baseline instruction set rounds a product and its sum, where eager PyTorch on the same machine may fuse them.
 ROUNDINGS = 2.0 if _library.instruction_set() == "plain" else 1.0
@@ -104,6 +105,38 @@ def within_budget(ours: Tensor, eager: list[Tensor], exact: Tensor, terms: Tenso
 def slowly(*values: Any) -> Any:
     """A case that only a run of the slow tests takes."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+Attend = Callable[..., Tensor]  # query, key, value -> output
+
+
+def tells_the_slow_path_once(attend: Attend, tensors: Sequence[Tensor], says: str) -> None:
+    """For tensors that no kernel takes."""
+    _dispatch._said.clear()
+    with pytest.warns(SlowPathWarning, match=says):
+        attend(*tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(*tensors)
+
+
+def keeps_one_graph_on_the_slow_path(attend: Attend, tensors: Sequence[Tensor]) -> None:
+    """For tensors in float64; it is told while the call is compiled."""
+    torch._dynamo.reset()
+    _dispatch._said.clear()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with pytest.warns(SlowPathWarning, match="float64"):
+        output = compiled(*tensors)
+    torch.testing.assert_close(output, attend(*tensors))
+
+
+def is_the_same_without_kernels(attend: Attend, tensors: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler: the reason is told once, and the results agree."""
+    _dispatch._said.clear()
+    want = attend(*tensors)
+    monkeypatch.setattr(_library, "problem", lambda: "the C++ kernels were not built")
+    with pytest.warns(SlowPathWarning, match="not built"):
+        torch.testing.assert_close(attend(*tensors), want)
 
 
 def repeats_bit_for_bit(run: Callable[[], Sequence[Tensor]], *, tolerance: float) -> None:

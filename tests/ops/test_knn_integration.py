@@ -1,17 +1,22 @@
 """k-NN attention inside PyTorch: operator checks, compile, autocast, checkpointing, transforms, dispatch, FLOPs."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Shape, inputs, needs_kernels
+from attention_cases import (
+    Shape,
+    inputs,
+    is_the_same_without_kernels,
+    keeps_one_graph_on_the_slow_path,
+    needs_kernels,
+    tells_the_slow_path_once,
+)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import knn_attention
-from regard.ops import SlowPathWarning, _dispatch, _library, only_backend
+from regard.ops import only_backend
 from regard.ops.knn import op
 from regard.ops.knn.op import knn_attention_op
 
@@ -65,13 +70,9 @@ def test_compiles_to_one_graph_at_any_size(backend: str, topk: int | float) -> N
 
 
 def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
-    torch._dynamo.reset()
-    _dispatch._said.clear()
-    compiled = torch.compile(lambda *t: knn_attention(*t, topk=5), fullgraph=True, backend="aot_eager")
-    tensors = [t.double() for t in inputs(Shape(), exact=False)]
-    with pytest.warns(SlowPathWarning, match="float64"):
-        output = compiled(*tensors)
-    torch.testing.assert_close(output, knn_attention(*tensors, topk=5))
+    keeps_one_graph_on_the_slow_path(
+        lambda *t: knn_attention(*t, topk=5), [t.double() for t in inputs(Shape(), exact=False)]
+    )
 
 
 @pytest.mark.parametrize("backend", ["pytorch", pytest.param("cpu", marks=needs_kernels)])
@@ -157,22 +158,11 @@ def test_explain_refuses_what_it_does_not_know() -> None:
 
 
 def test_the_slow_path_is_told_once() -> None:
-    _dispatch._said.clear()
-    tensors = [t.double() for t in inputs(Shape())]
-    with pytest.warns(SlowPathWarning, match="float64"):
-        knn_attention(*tensors, topk=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        knn_attention(*tensors, topk=3)
+    tells_the_slow_path_once(lambda *t: knn_attention(*t, topk=3), [t.double() for t in inputs(Shape())], "float64")
 
 
 def test_without_kernels_the_operator_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler: the reason is told once, and the results agree."""
-    _dispatch._said.clear()
-    want = knn_attention(*inputs(Shape()), topk=9)
-    monkeypatch.setattr(_library, "problem", lambda: "the C++ kernels were not built")
-    with pytest.warns(SlowPathWarning, match="not built"):
-        torch.testing.assert_close(knn_attention(*inputs(Shape()), topk=9), want)
+    is_the_same_without_kernels(lambda *t: knn_attention(*t, topk=9), inputs(Shape()), monkeypatch)
 
 
 @needs_kernels

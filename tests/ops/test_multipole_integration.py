@@ -1,19 +1,27 @@
 """Multipole attention inside PyTorch: operator checks, compile, export, autocast, transforms, memory, FLOPs."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Largest, Shape, inputs, needs_kernels
+from attention_cases import (
+    BACKENDS,
+    Largest,
+    Shape,
+    inputs,
+    is_the_same_without_kernels,
+    keeps_one_graph_on_the_slow_path,
+    needs_kernels,
+    tells_the_slow_path_once,
+)
 from multipole_cases import attend, even_sizes, in_float64, random_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import multipole_attention
-from regard.ops import SlowPathWarning, _dispatch, _library, only_backend
+from regard.ops import only_backend
 from regard.ops.multipole import streamed
 from regard.ops.multipole.op import multipole_attention_blocks, multipole_attention_op
 from regard.ops.multipole.reference import multipole_attention_reference
@@ -92,13 +100,7 @@ def test_compiles_with_counts_that_follow_the_size() -> None:
 
 
 def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
-    torch._dynamo.reset()
-    _dispatch._said.clear()
-    compiled = torch.compile(lambda *t: multipole_attention(*t, **OPTIONS), fullgraph=True, backend="aot_eager")
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="float64"):
-        output = compiled(*double)
-    torch.testing.assert_close(output, multipole_attention(*double, **OPTIONS))
+    keeps_one_graph_on_the_slow_path(lambda *t: multipole_attention(*t, **OPTIONS), [t.double() for t in tensors()])
 
 
 class Layer(torch.nn.Module):
@@ -221,22 +223,13 @@ def test_explain_names_the_backend_and_every_refusal() -> None:
 
 
 def test_the_slow_path_is_told_once() -> None:
-    _dispatch._said.clear()
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="multipole_attention .*float64"):
-        multipole_attention(*double, **OPTIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        multipole_attention(*double, **OPTIONS)
+    tells_the_slow_path_once(
+        lambda *t: multipole_attention(*t, **OPTIONS), [t.double() for t in tensors()], "multipole_attention .*float64"
+    )
 
 
 def test_without_kernels_the_operator_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler: the reason is told once, and the results agree."""
-    _dispatch._said.clear()
-    want = multipole_attention(*tensors(), **OPTIONS)
-    monkeypatch.setattr(_library, "problem", lambda: "the C++ kernels were not built")
-    with pytest.warns(SlowPathWarning, match="not built"):
-        torch.testing.assert_close(multipole_attention(*tensors(), **OPTIONS), want)
+    is_the_same_without_kernels(lambda *t: multipole_attention(*t, **OPTIONS), tensors(), monkeypatch)
 
 
 def test_meta_tensors_have_the_shape_of_the_result() -> None:

@@ -1,12 +1,19 @@
 """Neighborhood attention inside PyTorch: operator checks, compile, export, autocast, transforms, memory, FLOPs."""
 
 import math
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Largest, Shape, needs_kernels
+from attention_cases import (
+    BACKENDS,
+    Largest,
+    Shape,
+    is_the_same_without_kernels,
+    keeps_one_graph_on_the_slow_path,
+    needs_kernels,
+    tells_the_slow_path_once,
+)
 from neighborhood_cases import attend, in_float64, pattern_of, random_call, requiring_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import neighborhood_attention
-from regard.ops import SlowPathWarning, _dispatch, _library, _triton, only_backend
+from regard.ops import _triton, only_backend
 from regard.ops.neighborhood import streamed
 from regard.ops.neighborhood.op import neighborhood_attention_blocks, neighborhood_attention_op
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
@@ -80,13 +87,7 @@ def test_compiles_to_one_graph_at_any_size(compiler: str, backend: str) -> None:
 
 
 def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
-    torch._dynamo.reset()
-    _dispatch._said.clear()
-    compiled = torch.compile(lambda *t: neighborhood_attention(*t, **OPTIONS), fullgraph=True, backend="aot_eager")
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="float64"):
-        output = compiled(*double)
-    torch.testing.assert_close(output, neighborhood_attention(*double, **OPTIONS))
+    keeps_one_graph_on_the_slow_path(lambda *t: neighborhood_attention(*t, **OPTIONS), [t.double() for t in tensors()])
 
 
 class Layer(torch.nn.Module):
@@ -213,22 +214,15 @@ def test_triton_takes_what_is_on_a_gpu_but_for_wide_heads() -> None:
 
 
 def test_the_slow_path_is_told_once() -> None:
-    _dispatch._said.clear()
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="neighborhood_attention .*float64"):
-        neighborhood_attention(*double, **OPTIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        neighborhood_attention(*double, **OPTIONS)
+    tells_the_slow_path_once(
+        lambda *t: neighborhood_attention(*t, **OPTIONS),
+        [t.double() for t in tensors()],
+        "neighborhood_attention .*float64",
+    )
 
 
 def test_without_kernels_the_operator_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler: the reason is told once, and the results agree."""
-    _dispatch._said.clear()
-    want = neighborhood_attention(*tensors(), **OPTIONS)
-    monkeypatch.setattr(_library, "problem", lambda: "the C++ kernels were not built")
-    with pytest.warns(SlowPathWarning, match="not built"):
-        torch.testing.assert_close(neighborhood_attention(*tensors(), **OPTIONS), want)
+    is_the_same_without_kernels(lambda *t: neighborhood_attention(*t, **OPTIONS), tensors(), monkeypatch)
 
 
 def test_meta_tensors_have_the_shape_of_the_result() -> None:

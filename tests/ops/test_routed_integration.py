@@ -1,18 +1,25 @@
 """Routed attention inside PyTorch: operator checks, compile, export, autocast, transforms, memory, FLOPs."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, Largest, Shape, inputs, needs_kernels
+from attention_cases import (
+    BACKENDS,
+    Largest,
+    Shape,
+    inputs,
+    is_the_same_without_kernels,
+    keeps_one_graph_on_the_slow_path,
+    needs_kernels,
+    tells_the_slow_path_once,
+)
 from routed_cases import attend, in_float64, output_gradient, random_call, requiring_grad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import routed_attention
-from regard.ops import SlowPathWarning, _dispatch, _library, only_backend
+from regard.ops import only_backend
 from regard.ops.routed import streamed
 from regard.ops.routed.op import routed_attention_gathered, routed_attention_op
 from regard.ops.routed.reference import routed_attention_reference
@@ -83,13 +90,7 @@ def test_compiles_to_one_graph_at_any_size(compiler: str, backend: str) -> None:
 
 
 def test_compiling_the_slow_path_says_so_and_keeps_one_graph() -> None:
-    torch._dynamo.reset()
-    _dispatch._said.clear()
-    compiled = torch.compile(banded, fullgraph=True, backend="aot_eager")
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="float64"):
-        output = compiled(*double)
-    torch.testing.assert_close(output, banded(*double))
+    keeps_one_graph_on_the_slow_path(banded, [t.double() for t in tensors()])
 
 
 @needs_kernels
@@ -224,22 +225,11 @@ def test_explain_names_the_backend_and_every_refusal() -> None:
 
 
 def test_the_slow_path_is_told_once() -> None:
-    _dispatch._said.clear()
-    double = [t.double() for t in tensors()]
-    with pytest.warns(SlowPathWarning, match="routed_attention .*float64"):
-        banded(*double)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        banded(*double)
+    tells_the_slow_path_once(banded, [t.double() for t in tensors()], "routed_attention .*float64")
 
 
 def test_without_kernels_the_operator_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler: the reason is told once, and the results agree."""
-    _dispatch._said.clear()
-    want = banded(*tensors())
-    monkeypatch.setattr(_library, "problem", lambda: "the C++ kernels were not built")
-    with pytest.warns(SlowPathWarning, match="not built"):
-        torch.testing.assert_close(banded(*tensors()), want)
+    is_the_same_without_kernels(banded, tensors(), monkeypatch)
 
 
 def test_meta_tensors_have_the_shape_of_the_result() -> None:

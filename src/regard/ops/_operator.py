@@ -65,6 +65,9 @@ class AttentionCall(Protocol):
     def query(self) -> Tensor: ...
 
     @property
+    def key(self) -> Tensor: ...
+
+    @property
     def value(self) -> Tensor: ...
 
     @property

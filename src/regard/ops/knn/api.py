@@ -116,5 +116,5 @@ def _attend(*operands: Any) -> Tensor:
 OPERATOR = Operator(
     "knn_attention",
     lambda *args, **kwargs: _bind(*args, **kwargs)[0],
-    (CPUBackend(), TritonBackend(_attend), PyTorchBackend()),
+    (CPUBackend(_attend), TritonBackend(_attend), PyTorchBackend()),
 )

@@ -1,23 +1,18 @@
 """The C++ backend: exact selection on the processor, forward and backward, without an N x M buffer."""
 
-from torch import Tensor
-
 from regard.ops import _library
 from regard.ops._dispatch import Refusal
-from regard.ops._operator import refusal_of_modes
-from regard.ops.knn.call import KNNCall
-from regard.ops.knn.op import knn_attention_op
+from regard.ops._operator import AttentionCall, KernelBackend, refusal_of_modes
 
 __all__ = ["CPUBackend"]
 
 _SMALLEST_DIM, _LARGEST_DIM = 8, 256
 
 
-class CPUBackend:
-    name = "cpu"
-    is_slow_path = False
+class CPUBackend(KernelBackend):
+    """KernelBackend, but for sizes that its kernels do not take."""
 
-    def supports(self, call: KNNCall) -> Refusal | None:
+    def supports(self, call: AttentionCall) -> Refusal | None:
         if refusal := _library.refusal(call.query):
             return refusal
         for name, dim in (("head_dim", call.query.shape[-1]), ("value's head_dim", call.value.shape[-1])):
@@ -26,6 +21,3 @@ class CPUBackend:
         if call.key.shape[2] == 0:
             return Refusal("there are no keys")
         return refusal_of_modes(call.dropout_p)
-
-    def run(self, call: KNNCall) -> Tensor:
-        return knn_attention_op(*call.operands())[0]

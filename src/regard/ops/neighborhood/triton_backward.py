@@ -21,6 +21,7 @@ from regard.ops.neighborhood.triton_rows import (
     logits_of,
     logits_of_tile,
     mend_rows,
+    own_tile,
     poison,
     query_tile,
     report,
@@ -35,9 +36,7 @@ from regard.ops.neighborhood.triton_windows import (
     bias_center,
     bias_part,
     in_box,
-    in_grid,
     place_row,
-    tile_order,
     token_at,
 )
 
@@ -249,14 +248,10 @@ def key_gradients(
         if tl.load(broken + tl.program_id(0)) == 0:
             return
     tables = (tables, (length0, length1, length2), (places0, places1, places2))
-    lengths, shape, kernel = tables[1], (shape0, shape1, shape2), (kernel0, kernel1, kernel2)
+    shape, kernel = (shape0, shape1, shape2), (kernel0, kernel1, kernel2)
     batch, head, tile, is_prefix = tile_of(heads, prefix_tiles, tiles)
     lane = tl.arange(0, ROWS)
-    order = tile_order(tl.where(is_prefix, 0, tile), lane, shape, lengths)
-    gridded = in_grid(order, (tl.where(is_prefix, 0, length0), length1, length2))
-    number = tile * ROWS + lane
-    some = gridded | (number < tl.where(is_prefix, prefix, 0))
-    token = tl.where(gridded, token_at(along(tables, 0, order, gridded), prefix, lengths), number)
+    order, gridded, some, token = own_tile(tables, tile, is_prefix, prefix, shape, lane)
     first, end = along(tables, 4, order, gridded), along(tables, 5, order, gridded)
     there = some
     if visible is not None:

@@ -38,6 +38,7 @@ __all__ = [
     "logits_of",
     "logits_of_tile",
     "mend_rows",
+    "own_tile",
     "poison",
     "query_tile",
     "report",
@@ -134,16 +135,22 @@ def tile_of(heads, prefix_tiles, tiles):
 
 
 @triton.jit
-def query_tile(tables, tile, is_prefix, prefix, shape, kernel, lane):
-    """A tile of tokens as queries: their tokens, which lanes are some, and what they see, for logits_of: (low, width,
-    part of the bias' index). A prefix query has no window."""
+def own_tile(tables, tile, is_prefix, prefix, shape, lane):
+    """A tile of tokens: their order, which lanes are in the grid, which are some, and the tokens."""
     data, lengths, places = tables
     # No scalar condition meets a block of them: Triton's interpreter then forgets that they are booleans.
     order = tile_order(tl.where(is_prefix, 0, tile), lane, shape, lengths)
     gridded = in_grid(order, (tl.where(is_prefix, 0, lengths[0]), lengths[1], lengths[2]))
     first = tile * lane.shape[0] + lane
     some = gridded | (first < tl.where(is_prefix, prefix, 0))
-    token = tl.where(gridded, token_at(along(tables, 0, order, gridded), prefix, lengths), first)
+    return order, gridded, some, tl.where(gridded, token_at(along(tables, 0, order, gridded), prefix, lengths), first)
+
+
+@triton.jit
+def query_tile(tables, tile, is_prefix, prefix, shape, kernel, lane):
+    """A tile of tokens as queries: their tokens, which lanes are some, and what they see, for logits_of: (low, width,
+    part of the bias' index). A prefix query has no window."""
+    order, gridded, some, token = own_tile(tables, tile, is_prefix, prefix, shape, lane)
     low, high = along(tables, 2, order, gridded), along(tables, 3, order, gridded)
     width = (high[0] - low[0], high[1] - low[1], high[2] - low[2])
     part = bias_part(along(tables, 1, order, gridded), kernel) - bias_center(kernel)
