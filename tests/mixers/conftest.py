@@ -15,6 +15,7 @@ _MORE = (
     "multipole(near=20)",
     "neighborhood(kernel_size=3, dilation=2)",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
+    "moh(shared=0, routed=2)",
 )
 
 

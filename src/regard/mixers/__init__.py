@@ -5,6 +5,7 @@ from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
+from regard.mixers.moh import MixtureOfHeadsAttention, MoH
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
@@ -18,6 +19,8 @@ __all__ = [
     "DenseAttention",
     "Gated",
     "KNNAttention",
+    "MixtureOfHeadsAttention",
+    "MoH",
     "Multipole",
     "MultipoleAttention",
     "Neighborhood",
