@@ -10,12 +10,18 @@ from timm.models import group_parameters
 from torch import nn
 
 from regard import backbones
-from regard.backbones import create_model
+from regard.backbones import create_model, transnext
+
+# The smallest model of TransNeXt has 12.8 million parameters in 21 blocks.
+_SHALLOW_TRANSNEXT = transnext.Architecture(
+    (1, 1, 2, 1), embed_dims=(24, 48, 48, 96), num_heads=(2, 2, 4, 4), shared=(2, 1, 1, 0), routed=(0, 1, 2, 2)
+)
 
 # family (a module of regard.backbones) -> its smallest model, and options with which it takes 64 pixels and others
 SMALLEST = {
     "clustr": ("clustr_b1", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "transnext": ("moh_transnext_small_80", {"architecture": _SHALLOW_TRANSNEXT}),
 }
 COUNT = 10
 

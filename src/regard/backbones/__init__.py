@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, kvt
+from regard.backbones import clustr, kvt, transnext
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -16,6 +16,7 @@ __all__ = ["FAMILIES", "create_model", "list_models"]
 FAMILIES = (
     clustr,
     kvt,
+    transnext,
 )
 
 # Symbolic tracing (timm's features_only with feature_cls="fx") takes a mixer as one node: mixers look at shapes.

@@ -77,9 +77,9 @@ CARD = Card(
         "balance losses of all 27 layers too",
         parameters={
             "moh_transnext_small_80": 49_910_548,
-            "moh_transnext_small_75": 0,
-            "moh_transnext_base_75": 0,
-            "moh_transnext_base_50": 0,
+            "moh_transnext_small_75": 49_910_548,
+            "moh_transnext_base_75": 90_020_632,
+            "moh_transnext_base_50": 90_023_512,
         },
         trained="`regard compare` trains it beside dense attention on real images, with several seeds",
     ),
@@ -193,7 +193,8 @@ class HeadRouter(Reporter, nn.Module):
             scores = _wide(self.choose(x))
             chosen = _highest(scores, self.routed)
             if self.reporting:
-                mean_score, mean_choice = scores.softmax(-1).mean((0, 1)), chosen.to(scores.dtype).mean((0, 1))
+                # Choices are counted in float32, as published, in double models too.
+                mean_score, mean_choice = scores.softmax(-1).mean((0, 1)), chosen.float().mean((0, 1))
                 self.report("balance", self.routable**2 * (mean_score * mean_choice).mean(), weight=BALANCE_WEIGHT)
             gates.append(self.routed * scores.masked_fill(~chosen, float("-inf")).softmax(-1))
         if self.weigh is not None:
