@@ -13,13 +13,17 @@ from regard.studies.mechanisms import MechanismSettings, default_texts, study_me
 ROOT = Path(__file__).parents[2]
 
 
+def _epoch(accuracy):
+    return EpochRecord(1, 1.0, 1.0, accuracy)
+
+
 def trained(settings, **_):
     """A comparison in which seed s of mechanism i got 80 + i + s % of the images right."""
     runs = [
-        TrainingRun(text, seed, "vit", "embedded", {}, 10, 20, [EpochRecord(1, 1.0, 1.0, (80 + i + seed) / 100)], 5.0, 6.0, [], True)
+        TrainingRun(text, seed, "vit", "embedded", {}, 10, 20, [_epoch((80 + i + seed) / 100)], 5.0, 6.0, [], True)
         for i, text in enumerate(settings.mechanisms)
         for seed in range(settings.seeds)
-    ]  # fmt: skip
+    ]
     shown = {"mechanisms": list(settings.mechanisms), "seeds": 2, "model": "vit", "data": "embedded", "epochs": 1}
     return Comparison(shown, environment(), runs)
 
