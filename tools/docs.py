@@ -9,11 +9,15 @@ them), and the hand-written notes from docs/notes/<name>.md.
 
 import argparse
 import dataclasses
+import inspect
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
+from timm.models import model_entrypoint
+
+from regard.backbones import FAMILIES
 from regard.cards import Card, table
 from regard.markdown import markdown_table
 from regard.mixers import mechanisms, modifiers
@@ -37,7 +41,7 @@ def documents(root: Path) -> dict[Path, str]:
     cards = [mechanism.card for mechanism in known.values()]
     study = measured(root)
     found = study.by_name() if study else {}
-    wanted = {root / "docs" / "mechanisms.md": overview(cards, study)}
+    wanted = {root / "docs" / "mechanisms.md": overview(cards, study), root / "docs" / "backbones.md": backbones()}
     for name, mechanism in known.items():
         notes = root / "docs" / "notes" / f"{name}.md"
         text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
@@ -48,7 +52,7 @@ def documents(root: Path) -> dict[Path, str]:
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms"))
+        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms", short=True))
     return wanted
 
 
@@ -63,6 +67,27 @@ def picture(root: Path, name: str) -> str:
     return (
         f"../images/mechanisms/{name}.png" if (root / "docs" / "images" / "mechanisms" / f"{name}.png").exists() else ""
     )
+
+
+def backbones() -> str:
+    """docs/backbones.md: every family with its models, as their own docstrings tell."""
+    parts = [
+        NOTICE.replace("mechanism's card", "models' docstrings").replace("src/regard/mixers", "src/regard/backbones"),
+        "# Backbones",
+        "Models that timm lacks, registered with it: `regard.create_model(name)`, or `timm.create_model(name)` after "
+        "`import regard.backbones`. Each has what timm expects of a model (classifier, features, intermediate outputs, "
+        "checkpointing, layer groups, any image size), reads the official checkpoint format, and equals the official "
+        "code on the same weights where that could be run ([mechanisms](mechanisms.md) tell which).",
+    ]
+    for family in FAMILIES:
+        names = sorted({name.partition(".")[0] for name in family.default_cfgs})
+        rows = [[f"`{name}`", _first_line(model_entrypoint(name))] for name in names]
+        parts += [f"## {_first_line(family).rstrip('.')}", markdown_table(["name", "model"], rows).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0].strip()
 
 
 def overview(cards: list[Card], study: MechanismStudy | None) -> str:
