@@ -113,7 +113,17 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         parity = card.evidence.parity or ("no official code" if not card.official else "none held")
         cells = _cells(found[card.name], study) if card.name in found else [""] * 4
         rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
-    compositions = [[f"`{one.label}`", *_cells(one, study)] for one in study.results if not one.name]
+    labels = {one.mechanism: one.label for one in study.results}
+    compositions = [
+        [
+            f"`{one.label}`",
+            *_cells(one, study)[1:],
+            f"`{labels[one.best_part]}`",
+            _points(one.gain, one.gain_half_width),
+        ]
+        for one in study.results
+        if one.best_part
+    ]
     largest = max(study.settings["tokens"])
     heading = ["growth", f"speed at {largest:,} tokens", "accuracy", "against dense"]
     text = f"""
@@ -126,9 +136,10 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         text += f"""
 ## Compositions
 
-What no paper has, trained beside its parts.
+What no paper has, beside its parts under the same recipe and seeds: the mechanism alone, and each modifier around
+dense attention. *Gain*: the paired difference in points from the part that did best.
 
-{markdown_table(["composition", *heading], compositions)}"""
+{markdown_table(["composition", *heading[1:], "best part", "gain"], compositions)}"""
     return text
 
 
@@ -154,7 +165,7 @@ def _cells(one: MechanismResult, study: MechanismStudy) -> list[str]:
         f"N^{one.growth:.2f}" if one.growth is not None else "",
         "; ".join(_speed(one, max(study.settings["tokens"]))),
         _accuracy(one),
-        _difference(one),
+        _points(one.difference, one.half_width),
     ]
 
 
@@ -171,12 +182,13 @@ def _accuracy(one: MechanismResult) -> str:
     return f"{mean} ± {100 * statistics.stdev(one.accuracies):.1f} %" if len(one.accuracies) > 1 else f"{mean} %"
 
 
-def _difference(one: MechanismResult) -> str:
-    if one.difference is None:
+def _points(difference: float | None, half_width: float | None) -> str:
+    """A paired difference in points with its 95 % t-interval."""
+    if difference is None:
         return ""
-    half = f" ± {100 * one.half_width:.1f}" if one.half_width is not None else ""
-    shown = one.half_width is not None and abs(one.difference) > one.half_width
-    return f"{100 * one.difference:+.1f}{half}" + ("" if shown else ", none shown")
+    half = f" ± {100 * half_width:.1f}" if half_width is not None else ""
+    shown = half_width is not None and abs(difference) > half_width
+    return f"{100 * difference:+.1f}{half}" + ("" if shown else ", none shown")
 
 
 def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -> str:
@@ -191,7 +203,8 @@ def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -
         ]
     trained = f"`{one.label}`, trained: {_accuracy(one)}"
     if one.difference is not None:
-        trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {_difference(one)} points"
+        points = _points(one.difference, one.half_width)
+        trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
     rates = f"{one.train_rate:,.0f} images a second in training (dense {dense.train_rate:,.0f})"
     lines += [f"{trained}; {rates}."]
     rows = [[f"{size:,}", *_speed(one, size)] for size in study.settings["tokens"]]
