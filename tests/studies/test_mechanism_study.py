@@ -66,9 +66,7 @@ def test_a_composition_is_held_against_the_part_that_it_beats_by_least(study):
 
 
 def test_a_composition_of_nothing_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="compositions: expected a mechanism .*, got 'knn'"
-    ):
+    with pytest.raises(ValueError, match="compositions: expected a mechanism .*, got 'knn'"):
         study_mechanisms(MechanismSettings(tmp_path, compositions=("knn",)))
 
 
