@@ -205,8 +205,10 @@ def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -
     if one.difference is not None:
         points = _points(one.difference, one.half_width)
         trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
-    rates = f"{one.train_rate:,.0f} images a second in training (dense {dense.train_rate:,.0f})"
-    lines += [f"{trained}; {rates}."]
+    lines += [
+        f"{trained}. The model has {one.parameters:,} parameters and {one.flops / 1e6:.1f} MFLOPs (dense "
+        f"{dense.parameters:,} and {dense.flops / 1e6:.1f})."
+    ]
     rows = [[f"{size:,}", *_speed(one, size)] for size in study.settings["tokens"]]
     if one.name != "dense":
         lines += [markdown_table(["tokens", "forward", "forward + backward"], rows).rstrip()]

@@ -86,8 +86,7 @@ def study_mechanisms(
         one.accuracies = [run.accuracy for run in summary.runs]
         if summary.difference is not None:
             one.difference, one.half_width = summary.difference.mean, summary.difference.half_width
-        one.train_rate, one.test_rate = summary.train_images_per_second, summary.test_images_per_second
-        one.parameters = summary.parameters
+        one.parameters, one.flops = summary.parameters, summary.forward_flops
     for composition in composed:
         _judge_composition(results[str(composition)], composition, comparison)
     for mechanism, times in _times(everything, settings, tell).items():
