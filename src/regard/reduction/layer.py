@@ -185,4 +185,5 @@ def reduce_tokens(x: Tensor, scores: Tensor, kept: Tensor, *, num_prefix_tokens:
 
 def reduced_blocks(model: nn.Module) -> list[ReducedBlock]:
     """The reorganized blocks' forwards of a model, in the order of its modules."""
-    return [found for module in model.modules() if isinstance(found := vars(module).get("forward"), ReducedBlock)]
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    return [forward for forward in forwards if isinstance(forward, ReducedBlock)]

@@ -181,7 +181,8 @@ def check_keep_rate(keep_rate: float) -> None:
 
 
 def _checked_rates(keep_rate: Any, number: int) -> tuple[float, ...]:
-    rates = tuple(keep_rate) if isinstance(keep_rate, Sequence) else (keep_rate,) * number
+    many = isinstance(keep_rate, Sequence) and not isinstance(keep_rate, str)
+    rates = tuple(keep_rate) if many else (keep_rate,) * number
     if len(rates) != number:
         raise ValueError(f"keep_rate: expected a number or {number} of them, one a layer, got {len(rates)}")
     for rate in rates:
@@ -219,10 +220,10 @@ def _checked_model(model: Any) -> Any:
         raise ValueError("model: it is scripted or traced, its layers can no longer be reached; reorganize it before")
     if found := reduced_blocks(model):
         raise ValueError(f"model: {len(found)} of its layers are reorganized already; call restore_tokens(model) first")
+    # A module's own children: wrappers (torch.compile's, DistributedDataParallel) pass attributes on.
+    stacks = [(module, module._modules.get("blocks")) for module in model.modules()]
     vits: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(blocks := getattr(module, "blocks", None), nn.Sequential | nn.ModuleList) and len(blocks)
+        module for module, blocks in stacks if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks)
     ]
     if len(vits) != 1:
         found_text = "no stack of blocks" if not vits else f"{len(vits)} stacks of blocks"
