@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from regard.reduction.layer import HALVES, Halves, ReducedBlock, halves_of, redu
 from regard.reduction.scores import SCORES, unreadable
 from regard.specs import nearest
 
-__all__ = ["Reorganization", "check_keep_rate", "published_layers", "reorganize", "reorganized", "restore_tokens"]
+__all__ = [
+    "Reorganization",
+    "check_keep_rate",
+    "check_layers",
+    "published_layers",
+    "reorganize",
+    "reorganized",
+    "restore_tokens",
+]
 
 ORDERS = ("score", "position")
 
@@ -190,20 +199,24 @@ def _checked_rates(keep_rate: Any, number: int) -> tuple[float, ...]:
     return tuple(float(rate) for rate in rates)
 
 
-def _checked_layers(layers: Any, depth: int) -> tuple[int, ...]:
-    """Layers in their order, each once."""
-    if layers is None:
-        return published_layers(depth)
-    wanted = "expected different layers counted from 0, such as (3, 6, 9)"
+def check_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers as a tuple. TypeError unless they are integers in a sequence, ValueError unless they rise from 0."""
+    wanted = "expected layers in rising order, counted from 0, such as (3, 6, 9)"
     if not isinstance(layers, Sequence) or any(
         isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in layers
     ):
         raise TypeError(f"layers: {wanted}, got {layers!r}")
-    if not layers or len(set(layers)) != len(layers) or list(layers) != sorted(layers):
-        raise ValueError(f"layers: {wanted}, in rising order, got {tuple(layers)}")
-    if not 0 <= layers[0] <= layers[-1] < depth:
-        raise ValueError(f"layers: the model has layers 0 to {depth - 1}, got {tuple(layers)}")
-    return tuple(int(n) for n in layers)
+    found = tuple(int(n) for n in layers)
+    if not found or found[0] < 0 or any(first >= second for first, second in pairwise(found)):
+        raise ValueError(f"layers: {wanted}, got {found}")
+    return found
+
+
+def _checked_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    found = published_layers(depth) if layers is None else check_layers(layers)
+    if found[-1] >= depth:
+        raise ValueError(f"layers: the model has layers 0 to {depth - 1}, got {found}")
+    return found
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
