@@ -27,7 +27,7 @@ CARD = Card(
     summary="In a few layers the patches that the class token attends to least are dropped, or summed up in one token.",
     equation=r"X' = \left[\, x_{\mathrm{cls}},\; \{x_j\}_{j \in T},\; \textstyle\sum_{j \notin T} a_j x_j \right], "
     r"\qquad a_j = \frac{1}{H} \sum_h \operatorname{softmax}_j\!\left(\frac{q^h_{\mathrm{cls}} \cdot k^h_j}"
-    r"{\sqrt{d}}\right), \qquad T = \text{the } \lceil \rho n \rceil \text{ of } n \text{ patches with the largest } a_j",
+    r"{\sqrt{d}}\right), \qquad T = \text{the } \lceil \rho n \rceil \text{ of } n \text{ patches of largest } a_j",
     variants=(
         "`evit(keep_rate=0.7, layers=(3, 6, 9), fuse=True)`, the published form for twelve layers: after the attention "
         "of the fourth, the seventh and the tenth. `layers=None` takes the same quarters of any depth.",
