@@ -57,9 +57,9 @@ def _create(variant: str, pretrained: bool, **options: Any) -> VisionTransformer
 
 @register_model
 def evit_deit_small(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """EViT DeiT-Small, 22,050,664 parameters (official: deit_small_patch16_shrink_base).
+    """EViT DeiT-Small, 22,050,664 parameters. `keep_rate`, `layers` and `fuse` as in regard.reorganize.
 
-    Options `keep_rate=0.7`, `layers=(3, 6, 9)` and `fuse=True`: as in regard.reduction.reorganize.
+    The official deit_small_patch16_shrink_base.
     """
     architecture: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
     return _create("evit_deit_small", pretrained, **{**architecture, **options})
@@ -67,6 +67,9 @@ def evit_deit_small(pretrained: bool = False, **options: Any) -> VisionTransform
 
 @register_model
 def evit_deit_base(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """EViT DeiT-Base, 86,567,656 parameters (official: deit_base_patch16_shrink_base). Options as evit_deit_small."""
+    """EViT DeiT-Base, 86,567,656 parameters. `keep_rate`, `layers` and `fuse` as in regard.reorganize.
+
+    The official deit_base_patch16_shrink_base.
+    """
     architecture: dict[str, Any] = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _create("evit_deit_base", pretrained, **{**architecture, **options})
