@@ -39,6 +39,11 @@ _EXPORTS = {
     "MultipoleAttention": "regard.mixers",
     "Neighborhood": "regard.mixers",
     "NeighborhoodAttention": "regard.mixers",
+    "EViT": "regard.reduction",
+    "KeepRateSchedule": "regard.reduction",
+    "reorganize": "regard.reduction",
+    "restore_tokens": "regard.reduction",
+    "token_map": "regard.reduction",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -85,6 +90,11 @@ if TYPE_CHECKING:
     from regard.ops import multipole_attention as multipole_attention
     from regard.ops import neighborhood_attention as neighborhood_attention
     from regard.ops import routed_attention as routed_attention
+    from regard.reduction import EViT as EViT
+    from regard.reduction import KeepRateSchedule as KeepRateSchedule
+    from regard.reduction import reorganize as reorganize
+    from regard.reduction import restore_tokens as restore_tokens
+    from regard.reduction import token_map as token_map
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism
