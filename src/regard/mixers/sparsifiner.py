@@ -185,9 +185,13 @@ class ConnectivityPredictor(nn.Module):
         with autocast_off(query.device.type):
             return (low @ (keys.mT @ down) * self.scale).softmax(dim=-1)
 
-    def basis(self, grid: tuple[int, ...]) -> Tensor:
-        """(N, r): W_up for a grid."""
-        return torch.cat(self._resampled(self.up, grid))
+    def basis(self, grid: tuple[int, ...], sparse: bool) -> Tensor:
+        """(N, r): W_up for a grid; `sparse`, as choices read it: small entries are zero."""
+        up = self.up
+        if sparse:
+            up = up.masked_fill(up.abs() <= self.options.basis_threshold, 0.0)
+            up = up.abs() if self.options.official else up
+        return torch.cat(self._resampled(up, grid))
 
     @torch.no_grad()
     def lists(self, query: Tensor, key: Tensor, visible: Tensor | None, grid: tuple[int, ...], count: int) -> Tensor:
@@ -198,14 +202,9 @@ class ConnectivityPredictor(nn.Module):
             kept = coefficients > wanted
         else:
             kept = kept_by_threshold(coefficients, min(wanted, coefficients.shape[-1]))
-        basis = self.basis(grid)
-        basis = basis.masked_fill(basis.abs() <= self.options.basis_threshold, 0.0)
-        if self.options.official:
-            basis = basis.abs()
-        batch, heads = query.shape[:2]
-        return knn_lists(
-            coefficients.masked_fill(~kept, 0.0), basis.expand(batch, heads, -1, -1), topk=count, visible=visible
-        )
+        coefficients = coefficients.masked_fill(~kept, 0.0)
+        basis = self.basis(grid, sparse=True).expand(*query.shape[:2], -1, -1)
+        return knn_lists(coefficients, basis, topk=count, visible=visible)
 
     def reconstruction_loss(
         self,
@@ -225,7 +224,7 @@ class ConnectivityPredictor(nn.Module):
             target: query and key, (B, H, N, any D), whose dense attention is predicted; without gradient.
         """
         coefficients = self.coefficients(query, key, visible, grid)
-        basis = self.basis(grid)
+        basis = self.basis(grid, sparse=False)
         # Rows of attention sum to one on any grid: with more tokens each has less.
         basis = basis * (self.up.shape[0] / max(1, basis.shape[0]))
         batch, heads = query.shape[:2]
