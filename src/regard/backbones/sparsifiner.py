@@ -75,7 +75,7 @@ class GridVisionTransformer(VisionTransformer):
     def __init__(self, *args: Any, patch_drop_rate: float = 0.0, **options: Any) -> None:
         if patch_drop_rate != 0.0:
             raise ValueError(f"patch_drop_rate: expected 0, got {patch_drop_rate}; the mixer needs the whole grid")
-        super().__init__(*args, block_fn=GridBlock, **options)
+        super().__init__(*args, **{**options, "block_fn": GridBlock})
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, 3, H, W) -> (B, N, C), prefix tokens first."""
@@ -142,8 +142,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     Args:
         state_dict: the file's content; the weights may stand under "model", and names may carry the "module." of
             DistributedDataParallel.
-        model: the model to load into; position embeddings and patch projection are resampled to its size. The predictor's
-            tables stay: the model resamples them to what it sees.
+        model: the model to load into; position embeddings and patch projection are resampled to its size. The tables
+            of the predictors stay: the model resamples them to what it sees.
     """
     weights = state_dict.get("model", state_dict)
     return vit_checkpoint_filter_fn({_our_name(name): weight for name, weight in weights.items()}, model)

@@ -66,9 +66,7 @@ class SparsifinerLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"logits_weight={self.logits_weight}, tokens_weight={self.tokens_weight}"
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, attention: Tensor | float = 0.0
-    ) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, attention: Tensor | float = 0.0) -> Tensor:
         """The scalar to minimise.
 
         Args:

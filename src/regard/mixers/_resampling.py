@@ -9,10 +9,10 @@ __all__ = ["resampled"]
 
 
 def resampled(table: Tensor, base: tuple[int, int], grid: tuple[int, ...]) -> Tensor:
-    """(prod(base), R) -> (prod(grid), R): linear interpolation between cell centres, averaging where there are fewer cells.
+    """(prod(base), R) -> (prod(grid), R): linear interpolation between cell centres, means where there are fewer cells.
 
-    A grid like the base gives the table itself, to the last bit. Along a sequence (rank 1) the base's cells are taken one
-    after the other; the images of a video (rank 3) share one table.
+    A grid like the base gives the table itself, to the last bit. Along a sequence (rank 1) the base's cells are taken
+    one after the other; the images of a video (rank 3) share one table.
     """
     if len(grid) == 1:
         return _linear(grid[0], math.prod(base), table) @ table
@@ -23,7 +23,7 @@ def resampled(table: Tensor, base: tuple[int, int], grid: tuple[int, ...]) -> Te
 
 
 def _linear(new: int, old: int, like: Tensor) -> Tensor:
-    """(new, old) weights of linear interpolation; rows sum to one. A triangle as wide as the coarser of the two cells."""
+    """(new, old) weights of linear interpolation; rows sum to one: triangles as wide as the coarser cells."""
     step = old / new
     center = (torch.arange(new, device=like.device, dtype=like.dtype) + 0.5) * step
     place = torch.arange(old, device=like.device, dtype=like.dtype) + 0.5

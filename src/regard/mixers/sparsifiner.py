@@ -35,14 +35,14 @@ CARD = Card(
     adds_parameters=True,
     converts=False,
     query_masks=False,
-    summary="A trained low-rank predictor scores all pairs cheaply; each query keeps the B keys with the highest scores, "
-    "and softmax of the true logits runs over those alone. Prefix queries see everything.",
-    equation=r"o_i = \sum_{j \in T_i} \operatorname{softmax}_{j \in T_i}\!\left(\frac{q_i \cdot k_j}{\sqrt d}\right) v_j, "
-    r"\qquad T_i = \text{the } B \text{ largest of } \tilde A_i = \tau_8\!\left(\operatorname{softmax}\!\left(s\, \hat q_i "
-    r"(W_{\text{down}}^{\top} \hat k)^{\top}\right)\right) \theta(W_{\text{up}}^{\top})",
+    summary="A trained low-rank predictor scores all pairs cheaply; each query keeps the B keys with the highest "
+    "scores, and softmax of the true logits runs over those alone. Prefix queries see everything.",
+    equation=r"o_i = \sum_{j \in T_i} \operatorname{softmax}_{j \in T_i}\!\left(\frac{q_i \cdot k_j}{\sqrt d}\right) "
+    r"v_j, \qquad T_i = \text{the } B \text{ largest of } \tilde A_i = \tau_8\!\left(\operatorname{softmax}\!\left(s\, "
+    r"\hat q_i (W_{\text{down}}^{\top} \hat k)^{\top}\right)\right) \theta(W_{\text{up}}^{\top})",
     variants=(
-        "`official=False`, the default: predicted logits are scaled by the root of the predictor's head dim, as attention "
-        "is, and the basis W_up keeps its signs, as it has them in training.",
+        "`official=False`, the default: predicted logits are scaled by the root of the predictor's head dim, as "
+        "attention is, and the basis W_up keeps its signs, as it has them in training.",
         "`official=True`: what the published code computes, for its checkpoints; the backbone `sparsifiner_deit_small` "
         "sets it. Predicted logits are scaled by 1 / sqrt(heads), and choices read the basis's absolute values.",
         "Coefficients: the 8 largest of each row (`coefficients=8`), or those above a number (`coefficients=0.05`).",
@@ -62,8 +62,8 @@ CARD = Card(
         "The predictor is trained with a signed basis and all coefficients, and used with the basis's absolute values, "
         "thresholded, and 8 coefficients.",
         "The number of tokens is fixed by W_down and W_up and asserted; here they are resampled to any grid.",
-        "The reconstruction loss is summed over the batch, so that its weight of 0.01 depends on the batch size; here it is "
-        "the mean over images.",
+        "The reconstruction loss is summed over the batch, so that its weight of 0.01 depends on the batch size; here "
+        "it is the mean over images.",
         "Ties, which the zeros of the basis make, fall as torch.topk lets them; here the lowest index is kept.",
         "A class token is built in; here any number of prefix tokens, or none.",
     ),
@@ -77,7 +77,7 @@ CARD = Card(
             "equals a dense masked formulation in float64, gradients included",
             "the reconstruction loss in low-rank form equals the mean squared error of the maps",
         ),
-        parity="lim142857/Sparsifiner at 9a11e26, sparsifiner (DeiT-S) on synthetic weights: float64 logits within 1e-9",
+        parity="lim142857/Sparsifiner at 9a11e26, DeiT-S on synthetic weights: float64 logits within 1e-9",
         parameters={"sparsifiner_deit_small": 22_251_880},
     ),
 )
@@ -130,8 +130,8 @@ class Sparsifiner(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Raises ValueError: there is nothing to attend with before the predictor is trained."""
         raise ValueError(
-            "sparsifiner: a trained predictor says which keys are kept, so that a dense model cannot be converted; train "
-            "one with regard.SparsifinerAttention (sparsifiner_deit_small), or convert with knn, which needs no training"
+            "sparsifiner: a trained predictor says which keys are kept, so a dense model cannot be converted; train "
+            "one with regard.SparsifinerAttention (sparsifiner_deit_small), or convert with knn, which needs none"
         )
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
@@ -141,8 +141,8 @@ class Sparsifiner(Mechanism):
 class ConnectivityPredictor(nn.Module):
     """Scores of all pairs of tokens, as a product of low rank: (H, N - P, r) coefficients and an (N, r) basis.
 
-    Parameters: `query` and `key`, Linear(D, D / dim_reduction), shared by the heads; `down` and `up`, (P + cells, r), a row
-    for each of the P prefix tokens and each cell of the basis grid, r = (P + cells) // token_reduction, at least 1.
+    Parameters: `query` and `key`, Linear(D, D / dim_reduction), shared by the heads; `down` and `up`, (P + cells, r), a
+    row for each of the P prefix tokens and each cell of the basis grid, r = (P + cells) // token_reduction, at least 1.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ConnectivityPredictor(nn.Module):
 
     def basis(self, grid: tuple[int, ...], sparse: bool) -> Tensor:
         """(N, r): W_up for a grid; `sparse`, as choices read it: small entries are zero."""
-        up = self.up
+        up: Tensor = self.up
         if sparse:
             up = up.masked_fill(up.abs() <= self.options.basis_threshold, 0.0)
             up = up.abs() if self.options.official else up
@@ -216,9 +216,9 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:
         """Squared error of the predicted attention maps, summed over heads, queries and keys, mean over images.
 
-        As in training there: all coefficients, the basis as it is. With A the target's softmax, C the coefficients and U
-        the basis, |C U' - A|^2 = C (U' U) C' - 2 C (A U)' + |A|^2; A U is attention with U for values. So nothing
-        N x N is held, and the target has no gradient.
+        As in the published training: all coefficients, the basis as it is. With A the target's softmax, C the
+        coefficients and U the basis, |C U' - A|^2 = C (U' U) C' - 2 C (A U)' + |A|^2; A U is attention with U for
+        values. So nothing N x N is held. The target has no gradient.
 
         Args:
             target: query and key, (B, H, N, any D), whose dense attention is predicted; without gradient.
@@ -270,7 +270,7 @@ class SparsifinerAttention(AttentionMixer):
     """Sparsifiner's attention (arXiv 2303.13755): logits and softmax for the predicted pairs alone.
 
     The choice has no gradient. What trains the predictor is `sparsifiner`, a loss that it reports (weight 0.01) while
-    `regard.auxiliary.collect_losses` is open: the squared error of the predicted attention maps to the layer's own dense
+    `regard.losses.collect_losses` is open: the squared error of the predicted attention maps to the layer's own dense
     ones, or to a teacher's (`taught_by`). Dense weights load into the parameters they share; the predictor's are new.
 
     Masks may only hide keys from all queries alike: boolean, (N,) or broadcastable to (B, 1, 1, N). Hidden keys take no
@@ -327,7 +327,7 @@ class SparsifinerAttention(AttentionMixer):
     ) -> Tensor:
         if is_causal:
             raise ValueError(
-                "is_causal: the predictor sums over all tokens before it scores a pair, so that no choice of keys would be "
+                "is_causal: the predictor sums over all tokens before it scores a pair, so no choice of keys would be "
                 "causal; use knn or dense"
             )
         tokens, prefix = key.shape[-2], self.num_prefix_tokens
@@ -374,8 +374,8 @@ def set_budget(model: nn.Module, budget: int | float) -> None:
 def taught_by(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Within this context the student's predictors learn the teacher's attention maps, layer by layer.
 
-    Run the teacher first, on the same images; then the student, inside `collect_losses`. What is kept of the teacher are
-    queries and keys, not maps.
+    Run the teacher first, on the same images; then the student, inside `collect_losses`. What is kept of the teacher
+    are queries and keys, not maps.
 
     Args:
         student: a model with SparsifinerAttention in its layers.
@@ -386,7 +386,8 @@ def taught_by(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
         ValueError: the student has no SparsifinerAttention, or the teacher another number of layers or heads.
     """
     layers = _layers(student)
-    given = [m for m in teacher.modules() if all(hasattr(m, name) for name in ("qkv", "num_heads", "q_norm", "k_norm"))]
+    parts = ("qkv", "num_heads", "q_norm", "k_norm")
+    given: list[Any] = [m for m in teacher.modules() if all(hasattr(m, part) for part in parts)]
     if [layer.num_heads for layer in layers] != [m.num_heads for m in given]:
         raise ValueError(
             f"teacher: attention layers of {[m.num_heads for m in given]} heads, the student's have "

@@ -1,7 +1,7 @@
 """knn_lists: which keys have the largest products with each query, as lists and not as an N x M mask.
 
-For mechanisms that choose keys by one score and weigh them by another: the lists are what `routed_attention` takes, with
-blocks of one token. One node in a compiled graph; the products are computed a block of rows at a time and never held.
+For mechanisms that choose keys by one score and weigh them by another: the lists are what `routed_attention` takes,
+with blocks of one token. One node in a compiled graph; the products are computed a block of rows at a time.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _BLOCK = 1 << 21  # products held at once by the PyTorch path: a few MB
 
 
 def knn_lists(query: Tensor, key: Tensor, *, topk: int, visible: Tensor | None = None) -> Tensor:
-    """The `topk` keys with the largest products q . k of each query; ties go to the lowest index, NaN counts as largest.
+    """The `topk` keys with the largest products q . k of each query; ties go to the lowest index, NaN is the largest.
 
     No gradient. Half types are selected in float32.
 
@@ -47,7 +47,8 @@ def knn_lists(query: Tensor, key: Tensor, *, topk: int, visible: Tensor | None =
 def _bind(query: Tensor, key: Tensor, *, topk: int, visible: Tensor | None = None) -> Grouping:
     if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(
-            f"key: shape {tuple(key.shape)} does not fit query {tuple(query.shape)}; expected (B, H, M, D) and (B, H, N, D)"
+            f"key: shape {tuple(key.shape)} does not fit the query's {tuple(query.shape)}; expected (B, H, M, D) and "
+            "(B, H, N, D)"
         )
     if isinstance(topk, int) and not 1 <= topk <= max(1, key.shape[2]):
         raise ValueError(f"topk: expected 1 to {key.shape[2]} keys, got {topk}")
