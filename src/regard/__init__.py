@@ -44,6 +44,8 @@ _EXPORTS = {
     "reorganize": "regard.reduction",
     "restore_tokens": "regard.reduction",
     "token_map": "regard.reduction",
+    "Sparsifiner": "regard.mixers",
+    "SparsifinerAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
+    from regard.mixers import Sparsifiner as Sparsifiner
+    from regard.mixers import SparsifinerAttention as SparsifinerAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import modifiers as modifiers
     from regard.mixers import parse_mechanism as parse_mechanism

@@ -17,6 +17,7 @@ SMALLEST = {
     "clustr": ("clustr_b1", {}),
     "evit": ("evit_deit_small", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
 }
 COUNT = 10
 

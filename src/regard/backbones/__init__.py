@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, evit, kvt
+from regard.backbones import clustr, evit, kvt, sparsifiner
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -17,6 +17,7 @@ FAMILIES = (
     clustr,
     evit,
     kvt,
+    sparsifiner,
 )
 
 # Symbolic tracing (timm's features_only with feature_cls="fx") takes a mixer as one node: mixers look at shapes.
