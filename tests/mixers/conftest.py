@@ -15,6 +15,8 @@ _MORE = (
     "multipole(near=20)",
     "neighborhood(kernel_size=3, dilation=2)",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
+    "bilevel(num_regions=2, topk=1.0)",
+    "bilevel(region_size=3, topk=0.5, lce=3)",
 )
 
 

@@ -76,8 +76,8 @@ class BlockOrder:
 
     @property
     def padded(self) -> bool:
-        """Whether some blocks hold padding."""
-        return self.blocks * self.block_tokens != math.prod(self.grid_size)
+        """Whether some blocks hold padding; True where a trace leaves the sizes open, so that one trace serves all."""
+        return not _surely_equal(self.blocks * self.block_tokens, math.prod(self.grid_size))
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """(..., N, D) in the grid's order -> (..., blocks * block_tokens, D), block after block; padding is zero."""
@@ -86,7 +86,7 @@ class BlockOrder:
         lead, rank = tokens.dim() - 2, len(self.grid_size)
         x = tokens.unflatten(-2, self.grid_size)
         if self.padded:
-            x = pad(x, (0, 0, *itertools.chain(*reversed(self._padding()))))
+            x = self._pad(x, lead)
         for axis, (count, (_, block, _)) in enumerate(zip(self.block_grid, self._axes(), strict=True)):
             x = x.unflatten(lead + 2 * axis, (count, block))
         inside = [lead + 2 * axis + 1 for axis in range(rank)]
@@ -119,9 +119,28 @@ class BlockOrder:
         sizes = (self.grid_size, self.block_size, self.offset)  # tuples, since __post_init__
         return list(zip(*cast(tuple[tuple[int, ...], ...], sizes), strict=True))
 
-    def _padding(self) -> list[tuple[int, int]]:
-        pairs = zip(self.block_grid, self._axes(), strict=True)
-        return [(before, count * block - before - size) for count, (size, block, before) in pairs]
+    def _pad(self, x: Tensor, lead: int) -> Tensor:
+        """Zeros around the grid, whose axes begin at dimension `lead`."""
+        pairs = list(zip(self.block_grid, self._axes(), strict=True))
+        if not torch.compiler.is_compiling():
+            padding = [(before, count * block - before - size) for count, (size, block, before) in pairs]
+            return pad(x, (0, 0, *itertools.chain(*reversed(padding))))
+        # `pad` would ask whether there is anything to pad, and fix sizes that are left open.
+        for axis, (count, (size, block, before)) in enumerate(pairs):
+            places = torch.arange(count * block, device=x.device) - before
+            x = x.index_select(lead + axis, places.clamp(min=0, max=size - 1))
+            real = ((places >= 0) & (places < size)).view(-1, *(1,) * (x.dim() - lead - axis - 1))
+            x = x & real if x.dtype == torch.bool else x.masked_fill(~real, 0)
+        return x
+
+
+def _surely_equal(one: int, other: int) -> bool:
+    """Whether two sizes are equal; False where a trace leaves it open, for to ask would fix them."""
+    if not torch.compiler.is_compiling():
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(one == other)
 
 
 def _along_axes(name: str, given: int | Sequence[int], grid: tuple[int, ...], least: int) -> tuple[int, ...]:
