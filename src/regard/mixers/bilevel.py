@@ -199,12 +199,11 @@ def _attend(
         visible = key_mask(attn_mask, shape, query.device, because="a region is chosen for what all may see in it")
     query, key, value = fold(query), fold(key), fold(value)
 
-    tokens = (query, key, value)
-    cells = [order.arrange(t[:, :, num_prefix_tokens:]) for t in tokens]
+    cells = [order.arrange(t[:, :, num_prefix_tokens:]) for t in (query, key, value)]
     shown = order.mask(query.device)
     if visible is not None:
         shown = order.arrange(visible[:, num_prefix_tokens:, None]).squeeze(-1)
-    blocks = _chosen_regions(cells[0], cells[1], shown, order.blocks, share_of(mechanism.topk, order.blocks))
+    blocks = _chosen_regions(cells[0], cells[1], shown, order, share_of(mechanism.topk, order.blocks))
     extra: dict[str, Any] = {}
     if num_prefix_tokens:
         extra = {name: t[:, :, :num_prefix_tokens] for name, t in (("extra_key", key), ("extra_value", value))}
@@ -212,7 +211,9 @@ def _attend(
             bias = torch.zeros_like(visible[:, :num_prefix_tokens], dtype=torch.float32)
             extra["extra_bias"] = bias.masked_fill(~visible[:, :num_prefix_tokens], float("-inf"))[:, None, None]
     output = routed_attention(
-        *cells,
+        cells[0],
+        cells[1],
+        cells[2],
         blocks=blocks,
         query_block=order.block_tokens,
         key_block=order.block_tokens,
@@ -228,36 +229,33 @@ def _attend(
     return output.reshape(*shape[:-1], value.shape[-1])
 
 
-def _chosen_regions(query: Tensor, key: Tensor, shown: Tensor | None, regions: int, topk: int) -> Tensor:
+def _chosen_regions(query: Tensor, key: Tensor, shown: Tensor | None, order: BlockOrder, topk: int) -> Tensor:
     """(B, 1, R, topk): the regions that each region attends to, best first, ties to the lowest; -1: no more to see.
 
     Args:
-        query, key: (B, H, R n, D) and (B, H_kv, R n, D), region after region. No gradient passes.
+        query, key: (B, H, R n, D) and (B, H_kv, R n, D) in the order of the regions. No gradient passes.
         shown: (B or 1, R n), False for tokens that are hidden or padding: no mean takes them in.
     """
     with autocast_off(query.device.type):
-        mean_query, mean_key = (_region_means(t.detach(), shown, regions) for t in (query, key))
+        mean_query, mean_key = (raised(t.detach()) for t in (query, key))
+        if shown is None:
+            mean_query, mean_key = (order.sums(t) / order.block_tokens for t in (mean_query, mean_key))
+        else:
+            hidden = ~shown[:, None, :, None]
+            counts = order.sums((~hidden).to(mean_query.dtype))
+            mean_query, mean_key = (
+                order.sums(t.masked_fill(hidden, 0.0)) / counts.clamp(min=1.0) for t in (mean_query, mean_key)
+            )
         mean_key = mean_key.repeat_interleave(query.shape[1] // max(1, key.shape[1]), dim=1)
         mean_query, mean_key = (t.transpose(1, 2).flatten(2) for t in (mean_query, mean_key))
         affinity = mean_query @ mean_key.mT
         if shown is not None:
-            empty = ~shown.unflatten(-1, (regions, -1)).any(dim=-1)
-            affinity = affinity.masked_fill(empty.unsqueeze(1), float("-inf"))
+            affinity = affinity.masked_fill(counts.squeeze(1).mT == 0.0, float("-inf"))
         best = affinity.sort(dim=-1, descending=True, stable=True)
     chosen = best.indices[..., :topk]
     if shown is not None:
         chosen = chosen.masked_fill(best.values[..., :topk] == float("-inf"), -1)
     return chosen.unsqueeze(1)
-
-
-def _region_means(tokens: Tensor, shown: Tensor | None, regions: int) -> Tensor:
-    """(B, H, R n, D) -> (B, H, R, D), at least float32; zeros for regions of which nothing is shown."""
-    tokens = raised(tokens)
-    if shown is None:
-        return tokens.unflatten(2, (regions, -1)).mean(dim=3)
-    sums = tokens.masked_fill(~shown[:, None, :, None], 0.0).unflatten(2, (regions, -1)).sum(dim=3)
-    counts = shown.unflatten(-1, (regions, -1)).sum(dim=-1).clamp(min=1)
-    return sums / counts[:, None, :, None]
 
 
 def local_context(
