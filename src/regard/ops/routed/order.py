@@ -114,7 +114,7 @@ class BlockOrder:
         return x.flatten(lead, -2)
 
     def sums(self, arranged: Tensor) -> Tensor:
-        """(..., blocks * block_tokens, D) as `arrange` gives it -> (..., blocks, D): the sum over each block's tokens."""
+        """(..., blocks * block_tokens, D) as `arrange` gives it -> (..., blocks, D): sums over the tokens of each."""
         if self._sizes_are_open():
             block = torch.arange(self.blocks * self.block_tokens, device=arranged.device) // self.block_tokens
             zeros = arranged.new_zeros(*arranged.shape[:-2], self.blocks, arranged.shape[-1])
