@@ -18,7 +18,7 @@ from regard.ops._counts import check_count, share_of
 from regard.ops._selection import raised
 from regard.specs import Mechanism, register
 
-__all__ = ["CARD", "BiLevel", "BiLevelRoutingAttention", "local_context"]
+__all__ = ["CARD", "BiLevel", "BiLevelRoutingAttention", "conv_on_grid"]
 
 CARD = Card(
     name="bilevel",
@@ -258,14 +258,15 @@ def _chosen_regions(query: Tensor, key: Tensor, shown: Tensor | None, order: Blo
     return chosen.unsqueeze(1)
 
 
-def local_context(
+def conv_on_grid(
     conv: nn.Conv2d, tokens: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0, visible: Tensor | None = None
 ) -> Tensor:
-    """Local context enhancement: a depthwise convolution of a grid's tokens.
+    """A convolution of a grid's tokens, such as local context enhancement (LCE).
 
     A sequence is an image one token high; of a grid of rank 3 each image is convolved alone.
 
     Args:
+        conv: keeps the grid's size.
         tokens: (B, N, C), N = num_prefix_tokens + prod(grid).
         visible: (B, N) boolean: tokens that are hidden count as zeros.
 
@@ -277,8 +278,8 @@ def local_context(
         cells = cells.masked_fill(~visible[:, num_prefix_tokens:, None], 0.0)
     images, height, width = (1, 1, *grid)[-3:]
     planes = cells.unflatten(1, (images, height, width)).flatten(0, 1).permute(0, 3, 1, 2)
-    around = conv(planes).permute(0, 2, 3, 1).reshape(cells.shape)
-    return F.pad(around, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else around
+    found = conv(planes).permute(0, 2, 3, 1).reshape(cells.shape)
+    return F.pad(found, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else found
 
 
 class BiLevelRoutingAttention(AttentionMixer):
@@ -366,7 +367,7 @@ class BiLevelRoutingAttention(AttentionMixer):
             if attn_mask is not None:
                 visible = key_mask(attn_mask, (*query.shape[:-1], key.shape[-2]), x.device)
             joined = value.transpose(1, 2).flatten(2)
-            around = local_context(self.lepe, joined, padding.grid, self.num_prefix_tokens, visible)
+            around = conv_on_grid(self.lepe, joined, padding.grid, self.num_prefix_tokens, visible)
             mixed = mixed + around.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return padding.without(mixed)
 
