@@ -25,6 +25,8 @@ _EXPORTS = {
     "Mechanism": "regard.specs",
     "parse_mechanism": "regard.mixers",
     "mechanisms": "regard.mixers",
+    "BiLevel": "regard.mixers",
+    "BiLevelRoutingAttention": "regard.mixers",
     "modifiers": "regard.mixers",
     "Modifier": "regard.specs",
     "Gated": "regard.mixers",
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
     from regard.conversion import tune as tune
     from regard.losses import collect_losses as collect_losses
     from regard.mixers import KNN as KNN
+    from regard.mixers import BiLevel as BiLevel
+    from regard.mixers import BiLevelRoutingAttention as BiLevelRoutingAttention
     from regard.mixers import Clustered as Clustered
     from regard.mixers import ClusteredAttention as ClusteredAttention
     from regard.mixers import Dense as Dense

@@ -1,10 +1,15 @@
 """The test matrix: every registered mechanism with its default options, and some with others."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from regard.mixers import mechanisms, parse_mechanism
 from regard.specs import Mechanism
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # attention_cases
 
 # Further options worth the generic tests; each mechanism's defaults are in the matrix anyway.
 _MORE = (
@@ -16,6 +21,8 @@ _MORE = (
     "multipole(near=20)",
     "neighborhood(kernel_size=3, dilation=2)",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
+    "bilevel(num_regions=2, topk=1.0)",
+    "bilevel(region_size=3, topk=0.5, lce=3)",
 )
 
 

@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, evit, kvt, sparsifiner
+from regard.backbones import biformer, clustr, evit, kvt, sparsifiner
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -14,6 +14,7 @@ __all__ = ["FAMILIES", "create_model", "list_models"]
 
 # One file each; importing it registers its models with timm.
 FAMILIES = (
+    biformer,
     clustr,
     evit,
     kvt,

@@ -1,6 +1,7 @@
 """Token mixers, one file per published mechanism: its card, its value and its module."""
 
 from regard.mixers._attention import AttentionMixer
+from regard.mixers.bilevel import BiLevel, BiLevelRoutingAttention
 from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.gated import Gated
@@ -13,6 +14,8 @@ from regard.specs import Mechanism, Modifier, parse, registered, registered_modi
 __all__ = [
     "KNN",
     "AttentionMixer",
+    "BiLevel",
+    "BiLevelRoutingAttention",
     "Clustered",
     "ClusteredAttention",
     "Dense",
