@@ -6,10 +6,12 @@ from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
+from regard.mixers.tap import TAP, TokenAwarePooling
 from regard.specs import Mechanism, parse, registered
 
 __all__ = [
     "KNN",
+    "TAP",
     "AttentionMixer",
     "Clustered",
     "ClusteredAttention",
@@ -20,6 +22,7 @@ __all__ = [
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
+    "TokenAwarePooling",
     "mechanisms",
     "parse_mechanism",
 ]
