@@ -1,6 +1,7 @@
-"""Losses on attention, beside the task's own."""
+"""Losses on attention, and how a training step collects those that a model's own modules report."""
 
+from regard.auxiliary import Losses, collect_losses
 from regard.losses.adl import ADL
 from regard.losses.diversification import attention_diversification, attention_diversification_of
 
-__all__ = ["ADL", "attention_diversification", "attention_diversification_of"]
+__all__ = ["ADL", "Losses", "attention_diversification", "attention_diversification_of", "collect_losses"]

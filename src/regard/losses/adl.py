@@ -25,6 +25,7 @@ CARD = Card(
     needs_grid=False,
     adds_parameters=False,
     modifies=True,
+    converts=False,
     summary="Whatever the mechanism: training adds a loss that is high where the attention rows of different queries are "
     "alike, the mean cosine of each row, averaged over heads, to the mean of all rows.",
     equation=r"\mathcal L = \frac{1}{L N} \sum_{l=1}^{L} \sum_{i=1}^{N} \cos\!\left(T(A^l_i),\, "

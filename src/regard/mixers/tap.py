@@ -27,6 +27,7 @@ CARD = Card(
     needs_grid=True,
     adds_parameters=True,
     modifies=True,
+    converts=False,
     summary="Whatever the mechanism: before a block's attention each token is replaced by a mix of itself and the averages "
     "of its 3 x 3 neighbourhoods at dilations 1 to K - 1, under weights predicted for each place; the residual keeps the "
     "token.",
