@@ -19,7 +19,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.convnext import ConvNeXt
-from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier
+from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,6 +52,32 @@ class Architecture:
     num_heads: int
     stem_depths: tuple[int, int] | None = None
     head_init_scale: float = 1.0
+
+
+class FourierPositions(nn.Module):
+    """A projection of sines and cosines of the rows' and the columns' numbers: the grid (H, W) -> (1, H W, D).
+
+    As timm's PositionalEncodingFourier, but in float64 where the model is: that one rounds to float32.
+    """
+
+    def __init__(self, dim: int, frequencies: int = 16, **factory: Any) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.token_projection = nn.Conv2d(4 * frequencies, dim, 1, **factory)
+
+    def forward(self, grid: Grid) -> Tensor:
+        like = self.token_projection.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        wavelength = 10_000 ** (torch.arange(self.frequencies, device=like.device, dtype=dtype) / self.frequencies)
+        waves = []
+        for cells in grid:
+            number = torch.arange(1, cells + 1, device=like.device).to(dtype)
+            phase = (number / (cells + 1e-6) * (2 * math.pi))[:, None] / wavelength
+            waves.append(torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1))
+        rows, columns = waves
+        rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+        place = torch.cat([rows, columns], dim=-1).to(like.dtype)
+        return F.linear(place.flatten(0, 1), like[:, :, 0, 0], self.token_projection.bias)[None]
 
 
 class HybridEmbed(nn.Module):
@@ -183,7 +209,7 @@ class FAN(nn.Module):
             self.patch_embed: nn.Module = ConvPatchEmbed(_STRIDE, _STRIDE, in_chans, dim, **factory)
         else:
             self.patch_embed = HybridEmbed(in_chans, dim, architecture.stem_depths, **factory)
-        self.pos_embed = PositionalEncodingFourier(dim=dim, **factory)
+        self.pos_embed = FourierPositions(dim, **factory)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.ModuleList(
             Block(
@@ -243,8 +269,7 @@ class FAN(nn.Module):
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """(B, C, H, W) -> (B, N, D) with positions, and the grid."""
         x, grid = self.patch_embed(x)
-        positions = self.pos_embed(1, *grid).flatten(2).transpose(1, 2)
-        return self.pos_drop(x + positions), grid
+        return self.pos_drop(x + self.pos_embed(grid)), grid
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -427,95 +452,95 @@ def _create(variant: str, pretrained: bool, options: dict[str, Any]) -> FAN:
 
 @register_model
 def tap_fan_tiny(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-T-ViT (`tap_fan_tiny_12_p16_224`), COUNT_tap_fan_tiny parameters."""
+    """TAP-FAN-T-ViT (`tap_fan_tiny_12_p16_224`), 7,404,688 parameters."""
     return _create("tap_fan_tiny", pretrained, options)
 
 
 @register_model
 def tap_fan_small(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-S-ViT (`tap_fan_small_12_p16_224`), COUNT_tap_fan_small parameters."""
+    """TAP-FAN-S-ViT (`tap_fan_small_12_p16_224`), 28,513,048 parameters."""
     return _create("tap_fan_small", pretrained, options)
 
 
 @register_model
 def tap_fan_base(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-B-ViT (`tap_fan_base_18_p16_224`), COUNT_tap_fan_base parameters."""
+    """TAP-FAN-B-ViT (`tap_fan_base_18_p16_224`), 54,643,360 parameters."""
     return _create("tap_fan_base", pretrained, options)
 
 
 @register_model
 def tap_fan_large(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-L-ViT (`tap_fan_large_24_p16_224`), COUNT_tap_fan_large parameters."""
+    """TAP-FAN-L-ViT (`tap_fan_large_24_p16_224`), 80,992,468 parameters."""
     return _create("tap_fan_large", pretrained, options)
 
 
 @register_model
 def tap_fan_hybrid_tiny(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-T-Hybrid (`tap_fan_tiny_8_p4_hybrid`), COUNT_tap_fan_hybrid_tiny parameters."""
+    """TAP-FAN-T-Hybrid (`tap_fan_tiny_8_p4_hybrid`), 7,523,752 parameters."""
     return _create("tap_fan_hybrid_tiny", pretrained, options)
 
 
 @register_model
 def tap_fan_hybrid_small(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-S-Hybrid (`tap_fan_small_12_p4_hybrid`), COUNT_tap_fan_hybrid_small parameters."""
+    """TAP-FAN-S-Hybrid (`tap_fan_small_12_p4_hybrid`), 26,257,704 parameters."""
     return _create("tap_fan_hybrid_small", pretrained, options)
 
 
 @register_model
 def tap_fan_hybrid_base(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-B-Hybrid (`tap_fan_base_16_p4_hybrid`), COUNT_tap_fan_hybrid_base parameters."""
+    """TAP-FAN-B-Hybrid (`tap_fan_base_16_p4_hybrid`), 50,735,528 parameters."""
     return _create("tap_fan_hybrid_base", pretrained, options)
 
 
 @register_model
 def tap_fan_hybrid_large(pretrained: bool = False, **options: Any) -> FAN:
-    """TAP-FAN-L-Hybrid (`tap_fan_large_16_p4_hybrid`), COUNT_tap_fan_hybrid_large parameters."""
+    """TAP-FAN-L-Hybrid (`tap_fan_large_16_p4_hybrid`), 77,238,644 parameters."""
     return _create("tap_fan_hybrid_large", pretrained, options)
 
 
 @register_model
 def fan_tiny(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-T-ViT (`fan_tiny_12_p16_224`), COUNT_fan_tiny parameters."""
+    """FAN-T-ViT (`fan_tiny_12_p16_224`), 7,319,920 parameters."""
     return _create("fan_tiny", pretrained, options)
 
 
 @register_model
 def fan_small(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-S-ViT (`fan_small_12_p16_224`), COUNT_fan_small parameters."""
+    """FAN-S-ViT (`fan_small_12_p16_224`), 28,345,336 parameters."""
     return _create("fan_small", pretrained, options)
 
 
 @register_model
 def fan_base(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-B-ViT (`fan_base_18_p16_224`), COUNT_fan_base parameters."""
+    """FAN-B-ViT (`fan_base_18_p16_224`), 54,350,320 parameters."""
     return _create("fan_base", pretrained, options)
 
 
 @register_model
 def fan_large(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-L-ViT (`fan_large_24_p16_224`), COUNT_fan_large parameters."""
+    """FAN-L-ViT (`fan_large_24_p16_224`), 80,574,100 parameters."""
     return _create("fan_large", pretrained, options)
 
 
 @register_model
 def fan_hybrid_tiny(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-T-Hybrid (`fan_tiny_8_p4_hybrid`), COUNT_fan_hybrid_tiny parameters."""
+    """FAN-T-Hybrid (`fan_tiny_8_p4_hybrid`), 7,467,240 parameters."""
     return _create("fan_hybrid_tiny", pretrained, options)
 
 
 @register_model
 def fan_hybrid_small(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-S-Hybrid (`fan_small_12_p4_hybrid`), COUNT_fan_hybrid_small parameters."""
+    """FAN-S-Hybrid (`fan_small_12_p4_hybrid`), 26,117,944 parameters."""
     return _create("fan_hybrid_small", pretrained, options)
 
 
 @register_model
 def fan_hybrid_base(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-B-Hybrid (`fan_base_16_p4_hybrid`), COUNT_fan_hybrid_base parameters."""
+    """FAN-B-Hybrid (`fan_base_16_p4_hybrid`), 50,475,048 parameters."""
     return _create("fan_hybrid_base", pretrained, options)
 
 
 @register_model
 def fan_hybrid_large(pretrained: bool = False, **options: Any) -> FAN:
-    """FAN-L-Hybrid (`fan_large_16_p4_hybrid`), COUNT_fan_hybrid_large parameters."""
+    """FAN-L-Hybrid (`fan_large_16_p4_hybrid`), 76,855,140 parameters."""
     return _create("fan_hybrid_large", pretrained, options)

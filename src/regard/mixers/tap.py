@@ -67,7 +67,16 @@ CARD = Card(
             "class and register tokens stay as they are",
         ),
         parity="guoyongcs/TAPADL at 6e4dbff, tap_fan_tiny on synthetic weights: float64 logits within 1e-9",
-        parameters={"tap_fan_tiny": 7_404_688},
+        parameters={
+            "tap_fan_tiny": 7_404_688,
+            "tap_fan_small": 28_513_048,
+            "tap_fan_base": 54_643_360,
+            "tap_fan_large": 80_992_468,
+            "tap_fan_hybrid_tiny": 7_523_752,
+            "tap_fan_hybrid_small": 26_257_704,
+            "tap_fan_hybrid_base": 50_735_528,
+            "tap_fan_hybrid_large": 77_238_644,
+        },
     ),
 )
 
