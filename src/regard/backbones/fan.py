@@ -7,6 +7,7 @@ implementations (guoyongcs/TAPADL, and NVlabs/FAN, on which it builds) load thro
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXtStage
 from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -80,6 +81,20 @@ class FourierPositions(nn.Module):
         return F.linear(place.flatten(0, 1), like[:, :, 0, 0], self.token_projection.bias)[None]
 
 
+class UnbiasedNorm2d(LayerNorm2d):
+    """LayerNorm over the channels of (B, C, H, W) that divides by the deviation with C - 1 in its denominator.
+
+    The official code does so wherever channels lie innermost in memory, which is everywhere behind its stem; weights
+    trained by it expect it, here in every layout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        ratio = 1 - 1 / x.shape[1]
+        weight = self.weight * math.sqrt(ratio)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, weight, self.bias, self.eps * ratio)
+        return x.permute(0, 3, 1, 2)
+
+
 class HybridEmbed(nn.Module):
     """Two ConvNeXt stages and a convolution: (B, C, H, W) -> tokens (B, H' W', D) and the grid (H', W') of stride 16.
 
@@ -88,14 +103,24 @@ class HybridEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, depths: tuple[int, int], **factory: Any) -> None:
         super().__init__()
-        self.backbone = ConvNeXt(in_chans, 0, depths=depths, dims=(128, 256), conv_mlp=True, **factory)
-        self.backbone.head = nn.Identity()
-        self.proj = nn.Conv2d(256, dim, 2, stride=2, **factory)
+        first, second = 128, 256
+        options: dict[str, Any] = {"ls_init_value": 1e-6, "conv_mlp": True, "norm_layer": UnbiasedNorm2d, **factory}
+        stem = nn.Sequential(nn.Conv2d(in_chans, first, 4, stride=4, **factory), LayerNorm2d(first, **factory))
+        stages = nn.Sequential(
+            ConvNeXtStage(first, first, stride=1, depth=depths[0], **options),
+            ConvNeXtStage(first, second, stride=2, depth=depths[1], **options),
+        )
+        self.backbone = nn.Sequential(OrderedDict(stem=stem, stages=stages))
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        self.proj = nn.Conv2d(second, dim, 2, stride=2, **factory)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % _STRIDE, 0, -height % _STRIDE))
-        x = self.proj(self.backbone.stages(self.backbone.stem(x)))
+        x = self.proj(self.backbone(x))
         return x.flatten(2).transpose(1, 2), (x.shape[-2], x.shape[-1])
 
 
@@ -360,7 +385,7 @@ def _checked_pool(global_pool: str) -> str:
 
 def _init_weights(module: nn.Module) -> None:
     """As published: linear layers normal with deviation 0.02, biases 0; the depthwise convolutions of the MLPs by their
-    fan-out. Other convolutions stay as torch makes them, ConvNeXt's as timm does."""
+    fan-out. Other convolutions stay as torch makes them, those of the ConvNeXt stages have deviation 0.02."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
