@@ -26,19 +26,20 @@ CARD = Card(
     adds_parameters=False,
     modifies=True,
     converts=False,
-    summary="Whatever the mechanism: training adds a loss that is high where the attention rows of different queries are "
-    "alike, the mean cosine of each row, averaged over heads, to the mean of all rows.",
+    summary="Whatever the mechanism: training adds a loss that is high where the attention rows of different queries "
+    "are alike, the mean cosine of each row, averaged over heads, to the mean of all rows.",
     equation=r"\mathcal L = \frac{1}{L N} \sum_{l=1}^{L} \sum_{i=1}^{N} \cos\!\left(T(A^l_i),\, "
     r"T\!\left(\tfrac1N \textstyle\sum_m A^l_m\right)\right), \qquad A^l_i = \tfrac1H \textstyle\sum_h A^{l,h}_i, "
     r"\qquad T(a)_j = a_j \, [a_j > \tau / N]",
     variants=(
-        "The published code, here: rows and their mean are thresholded each by itself at tau / N, tau = 2, and the loss "
-        "joins the task's with weight 1. The official FAN and RVT trainings share it.",
+        "The published code, here: rows and their mean are thresholded each by itself at tau / N, tau = 2, and the "
+        "loss joins the task's with weight 1. The official FAN and RVT trainings share it.",
         "Explicit maps (`attention_diversification`), for any mechanism, and queries and keys alone "
         "(`attention_diversification_of`), in blocks of rows: the same value and gradients, O(N) memory.",
     ),
     claims=(
-        "With TAP, FAN-B-Hybrid, ImageNet-1k: 83.9 to 84.3 % top-1; ImageNet-C mCE 46.1 to 43.7; ImageNet-A 39.6 to 42.3 %.",
+        "With TAP, FAN-B-Hybrid, ImageNet-1k: 83.9 to 84.3 % top-1; ImageNet-C mCE 46.1 to 43.7; ImageNet-A 39.6 to "
+        "42.3 %.",
         "With TAP, RVT-B: 83.1 % top-1, ImageNet-C mCE 44.7, ImageNet-A 32.7 %, 92.1 M parameters.",
         "With TAP, segmentation with FAN-B-Hybrid: Cityscapes 82.9, Cityscapes-C 69.7, ACDC 63.6 mIoU.",
     ),
@@ -46,8 +47,8 @@ CARD = Card(
     official="guoyongcs/TAPADL",
     licence="MIT",
     quirks=(
-        "The head-averaged map is squeezed, so that with a batch of one the mean runs over keys instead of queries, and "
-        "the cosine compares other things; here one picture's loss is its row of a larger batch.",
+        "The head-averaged map is squeezed, so that with a batch of one the mean runs over keys instead of queries, "
+        "and the cosine compares other things; here one picture's loss is its row of a larger batch.",
         "The mean row is taken before the threshold and then thresholded itself; so is it here.",
         "The maps are taken after dropout of the weights (0 in the recipe). Here dropout takes no part where rows are "
         "formed in blocks.",

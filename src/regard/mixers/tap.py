@@ -1,4 +1,4 @@
-"""Token-aware average pooling (TAP, arXiv 2303.11126): each token chooses how wide a neighbourhood attention sees in it."""
+"""Token-aware average pooling (TAP, arXiv 2303.11126): each token chooses how much of its neighbours it stands for."""
 
 import math
 from dataclasses import dataclass
@@ -28,21 +28,22 @@ CARD = Card(
     adds_parameters=True,
     modifies=True,
     converts=False,
-    summary="Whatever the mechanism: before a block's attention each token is replaced by a mix of itself and the averages "
-    "of its 3 x 3 neighbourhoods at dilations 1 to K - 1, under weights predicted for each place; the residual keeps the "
-    "token.",
+    summary="Whatever the mechanism: before a block's attention each token is replaced by a mix of itself and the "
+    "averages of its 3 x 3 neighbourhoods at dilations 1 to K - 1, under weights predicted for each place; the "
+    "residual keeps the token.",
     equation=r"x \leftarrow x + \operatorname{Attn}\!\Big(\operatorname{LN}\big(\textstyle\sum_{k=0}^{K-1} m_k \odot "
-    r"D_k(x)\big)\Big), \qquad D_0(x) = x, \quad D_k(x)_p = \tfrac19 \sum_{\delta \in \{-1, 0, 1\}^2} x_{p + k \delta}, "
-    r"\qquad m = \operatorname{softmax}_k\big(\operatorname{conv}_{3 \times 3}(\operatorname{BN}(\operatorname{conv}"
-    r"_{3 \times 3}(x)))\big)",
+    r"D_k(x)\big)\Big), \qquad D_0(x) = x, \quad D_k(x)_p = \tfrac19 \sum_{\delta \in \{-1, 0, 1\}^2} "
+    r"x_{p + k \delta}, \qquad m = \operatorname{softmax}_k\big(\operatorname{conv}_{3 \times 3}(\operatorname{BN}("
+    r"\operatorname{conv}_{3 \times 3}(x)))\big)",
     variants=(
         "The published form on FAN, here the backbones `tap_fan_tiny` to `tap_fan_large` and their hybrids: K = 4, in "
         "every block, no pooling in class attention or the convolutional stem. K = 1 is FAN (`fan_tiny` ...).",
-        "On any vision transformer with any attention mixer, here the modifier `tap`: the authors did so with RVT. Class "
-        "and register tokens are neither pooled nor averaged into others.",
+        "On any vision transformer with any attention mixer, here the modifier `tap`: the authors did so with RVT. "
+        "Class and register tokens are neither pooled nor averaged into others.",
     ),
     claims=(
-        "With ADL, FAN-B-Hybrid, ImageNet-1k: 83.9 to 84.3 % top-1; ImageNet-C mCE 46.1 to 43.7; ImageNet-A 39.6 to 42.3 %.",
+        "With ADL, FAN-B-Hybrid, ImageNet-1k: 83.9 to 84.3 % top-1; ImageNet-C mCE 46.1 to 43.7; ImageNet-A 39.6 to "
+        "42.3 %.",
         "With ADL, RVT-B: 83.1 % top-1, ImageNet-C mCE 44.7, ImageNet-A 32.7 %, 92.1 M parameters.",
         "With ADL, segmentation with FAN-B-Hybrid: Cityscapes 82.9, Cityscapes-C 69.7, ACDC 63.6 mIoU.",
     ),
@@ -89,7 +90,7 @@ class TokenAwarePooling(nn.Module):
     Args:
         dim: channels C of the tokens.
         num_scales: K: the token itself and dilations 1 to K - 1. 1 is the identity, without parameters.
-        num_prefix_tokens: how many of the first tokens (class, registers) stand outside the grid; they stay as they are.
+        num_prefix_tokens: how many of the first tokens (class, registers) stand outside the grid; they are kept.
         device, dtype: of the parameters.
 
     Raises:
@@ -183,6 +184,7 @@ class TAP(Modifier):
             ValueError: the model is built otherwise, or has the pooling already.
         """
         patch_embed, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
+        prefix: Any = getattr(model, "num_prefix_tokens", 0)
         if not isinstance(patch_embed, nn.Module) or not isinstance(blocks, nn.Sequential | nn.ModuleList):
             raise ValueError(f"model: {type(model).__name__} is no vision transformer with `patch_embed` and `blocks`")
         for number, block in enumerate(blocks):
@@ -195,13 +197,12 @@ class TAP(Modifier):
         grid = _Grid()
         patch_embed.register_forward_hook(_Watch(grid))
         for block in blocks:
+            norm: Any = block.norm1
             like = next(block.parameters())
             options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-            prefix = getattr(model, "num_prefix_tokens", 0)
-            channels = block.norm1.normalized_shape[-1]
-            block.tap = TokenAwarePooling(channels, self.num_scales, num_prefix_tokens=prefix, **options)
-            block.tap.train(block.training)
-            block.norm1.register_forward_pre_hook(_Pool(block.tap, grid))
+            tap = TokenAwarePooling(norm.normalized_shape[-1], self.num_scales, num_prefix_tokens=prefix, **options)
+            block.tap = tap.train(block.training)
+            norm.register_forward_pre_hook(_Pool(tap, grid))
 
 
 @dataclass(eq=False)
@@ -213,7 +214,7 @@ class _Grid:
 
 @dataclass(frozen=True, eq=False)
 class _Watch:
-    """Forward hook of the patch embedding. (Hooks are pickled and copied with their module, so these are no closures.)"""
+    """Forward hook of the patch embedding. Hooks are pickled and copied with their module, so these are no closures."""
 
     grid: _Grid
 
