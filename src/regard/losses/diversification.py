@@ -116,7 +116,7 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold: expected at least 0 (in multiples of 1 / keys), got {threshold}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch 2.11's Dynamo hashes it before it has fields
 class _Rows:
     """What `n` queries (B, H, n, D), from number `start` on, add to the two sums over all rows."""
 
