@@ -15,6 +15,7 @@ from regard.backbones import create_model
 # family (a module of regard.backbones) -> its smallest model, and options with which it takes 64 pixels and others
 SMALLEST = {
     "clustr": ("clustr_b1", {}),
+    "fan": ("tap_fan_hybrid_tiny", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
 }
 COUNT = 10
