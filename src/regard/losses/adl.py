@@ -97,7 +97,9 @@ class ADL(Modifier):
         Raises:
             ValueError: the model has no attention mixer of regard, or reports the loss already.
         """
-        mixers = [module for module in model.modules() if isinstance(module, Reporter) and _has_weights(module)]
+        mixers: list[Any] = [
+            module for module in model.modules() if isinstance(module, Reporter) and _has_weights(module)
+        ]
         if not mixers:
             raise ValueError(
                 f"model: {type(model).__name__} has no attention mixer of regard, whose weights ADL could read; build "
@@ -106,21 +108,48 @@ class ADL(Modifier):
         if any(isinstance(hook, _Diversify) for mixer in mixers for hook in mixer._forward_hooks.values()):
             raise ValueError("model: it reports the attention diversification loss already; apply ADL once")
         for mixer in mixers:
-            mixer.register_forward_hook(_Diversify(self.weight, self.threshold), with_kwargs=True)
+            seen = _Seen(mixer)
+            if getattr(mixer, "row_wise", False):
+                mixer.q_norm.register_forward_hook(_Note(seen, "query"))
+                mixer.k_norm.register_forward_hook(_Note(seen, "key"))
+            mixer.register_forward_hook(_Diversify(seen, self.weight, self.threshold), with_kwargs=True)
 
 
 def _has_weights(module: nn.Module) -> bool:
     return hasattr(module, "attention_weights")
 
 
-@dataclass(frozen=True)
-class _Diversify:
-    """A mixer's forward hook: hooks are pickled with their module, so this is no closure.
+# Hooks are copied and pickled with their modules, so these are no closures.
+@dataclass(eq=False)
+class _Seen:
+    """The normed queries and keys of the forward that a mixer is in, noted while somebody collects losses."""
 
-    Mixers stand in a room beside, and are known here by what they can do: `row_wise` ones hand over their queries and
-    keys (`heads`) and say which keys a row keeps (`kept_keys`); others their maps (`attention_weights`).
+    mixer: Any
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Note:
+    """Forward hook of the norm (or identity) through which a mixer's queries, or keys, go."""
+
+    seen: _Seen
+    place: str
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.seen.mixer.reporting:
+            setattr(self.seen, self.place, output)
+
+
+@dataclass(frozen=True, eq=False)
+class _Diversify:
+    """A mixer's forward hook.
+
+    Mixers stand in a room beside, and are known here by what they can do: `row_wise` ones make queries and keys and say
+    which keys a row keeps (`kept_keys`); others are asked for their maps (`attention_weights`).
     """
 
+    seen: _Seen
     weight: float
     threshold: float
 
@@ -138,10 +167,11 @@ class _Diversify:
         grid_size: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The loss of what the mixer made of the arguments that `forward` was given."""
-        if not mixer.row_wise:
+        query, key = self.seen.query, self.seen.key
+        self.seen.query = self.seen.key = None
+        if query is None or key is None:
             weights = mixer.attention_weights(x, attn_mask, is_causal, grid_size=grid_size)
             return attention_diversification(weights, self.threshold)
-        query, key, _ = mixer.heads(x)
         return attention_diversification_of(
             query,
             key,

@@ -142,7 +142,8 @@ class AttentionMixer(Reporter, nn.Module):
 
     # True if `attend` reads the grid; it is then always given one.
     needs_grid: ClassVar[bool] = False
-    # True if each row of weights is softmax over those of its logits q.k * scale that `kept_keys` picks.
+    # True if each row of weights is softmax over those of its logits q.k * scale that `kept_keys` picks, q and k being
+    # what q_norm and k_norm return.
     row_wise: ClassVar[bool] = False
 
     def __init__(
