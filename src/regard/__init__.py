@@ -21,6 +21,11 @@ _EXPORTS = {
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
+    "attention_diversification": "regard.losses",
+    "attention_diversification_of": "regard.losses",
+    "ADL": "regard.losses",
+    "TAP": "regard.mixers",
+    "TokenAwarePooling": "regard.mixers",
     "Card": "regard.cards",
     "Mechanism": "regard.specs",
     "parse_mechanism": "regard.mixers",
@@ -68,8 +73,12 @@ if TYPE_CHECKING:
     from regard.conversion import converted as converted
     from regard.conversion import restore as restore
     from regard.conversion import tune as tune
+    from regard.losses import ADL as ADL
+    from regard.losses import attention_diversification as attention_diversification
+    from regard.losses import attention_diversification_of as attention_diversification_of
     from regard.losses import collect_losses as collect_losses
     from regard.mixers import KNN as KNN
+    from regard.mixers import TAP as TAP
     from regard.mixers import BiLevel as BiLevel
     from regard.mixers import BiLevelRoutingAttention as BiLevelRoutingAttention
     from regard.mixers import Clustered as Clustered
@@ -84,6 +93,7 @@ if TYPE_CHECKING:
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
     from regard.mixers import Sparsifiner as Sparsifiner
     from regard.mixers import SparsifinerAttention as SparsifinerAttention
+    from regard.mixers import TokenAwarePooling as TokenAwarePooling
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import modifiers as modifiers
     from regard.mixers import parse_mechanism as parse_mechanism

@@ -17,6 +17,7 @@ SMALLEST = {
     "biformer": ("biformer_tiny", {"architecture": backbones.biformer.Architecture((1, 1, 2, 1))}),
     "clustr": ("clustr_b1", {}),
     "evit": ("evit_deit_small", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "fan": ("tap_fan_hybrid_tiny", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
     "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
 }

@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import biformer, clustr, evit, kvt, sparsifiner
+from regard.backbones import biformer, clustr, evit, fan, kvt, sparsifiner
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -17,6 +17,7 @@ FAMILIES = (
     biformer,
     clustr,
     evit,
+    fan,
     kvt,
     sparsifiner,
 )

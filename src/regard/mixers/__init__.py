@@ -9,10 +9,12 @@ from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
 from regard.mixers.sparsifiner import Sparsifiner, SparsifinerAttention
+from regard.mixers.tap import TAP, TokenAwarePooling
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
 
 __all__ = [
     "KNN",
+    "TAP",
     "AttentionMixer",
     "BiLevel",
     "BiLevelRoutingAttention",
@@ -28,6 +30,7 @@ __all__ = [
     "NeighborhoodAttention",
     "Sparsifiner",
     "SparsifinerAttention",
+    "TokenAwarePooling",
     "mechanisms",
     "modifiers",
     "parse_mechanism",

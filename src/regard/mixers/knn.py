@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import knn_attention
+from regard.ops._counts import share_of
+from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.api import check_topk
 from regard.specs import Mechanism, register
 
@@ -76,6 +78,8 @@ class KNNAttention(AttentionMixer):
         ValueError, TypeError: topk is out of range or no number.
     """
 
+    row_wise = True
+
     def __init__(self, dim: int, num_heads: int = 8, *args: Any, topk: int | float = 0.5, **kwargs: Any) -> None:
         check_topk(topk)
         super().__init__(dim, num_heads, *args, **kwargs)
@@ -96,6 +100,9 @@ class KNNAttention(AttentionMixer):
         return knn_attention(
             query, key, value, topk=self.topk, attn_mask=attn_mask, dropout_p=self.dropout_p, is_causal=is_causal
         )
+
+    def kept_keys(self, logits: Tensor) -> Tensor:
+        return kept_by_threshold(logits, share_of(self.topk, logits.shape[-1]))
 
 
 @register
