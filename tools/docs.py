@@ -13,9 +13,9 @@ from pathlib import Path
 
 from regard.cards import Card, table
 from regard.markdown import markdown_table
-from regard.mixers import mechanisms
+from regard.mixers import mechanisms, modifiers
 from regard.results import write_text
-from regard.specs import Mechanism
+from regard.specs import Mechanism, Modifier
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- mechanisms -->", "<!-- /mechanisms -->"
@@ -30,7 +30,7 @@ def documents(root: Path) -> dict[Path, str]:
     Raises:
         ValueError: README.md has only one of the two marks that enclose the table.
     """
-    known = mechanisms()
+    known = {**mechanisms(), **modifiers()}
     cards = [mechanism.card for mechanism in known.values()]
     wanted = {root / "docs" / "mechanisms.md": overview(cards)}
     for name, mechanism in known.items():
@@ -52,14 +52,14 @@ def overview(cards: list[Card]) -> str:
 
 Every mechanism answers three questions: which keys a query sees, how strongly, and what they hand over. Each has one
 text form, the same in Python, in every command and in every result file: `knn(topk=0.5)`; the name alone takes the
-defaults.
+defaults. What changes a model around its mechanism is added: `knn + gated`; alone it stands around dense attention.
 
 {table(cards, pages="mechanisms")}
 *Exact* and *approximate* are judged against the mechanism's own definition, not against dense attention.
 """
 
 
-def page(mechanism: type[Mechanism], notes: str) -> str:
+def page(mechanism: type[Mechanism] | type[Modifier], notes: str) -> str:
     """docs/mechanisms/<name>.md."""
     card = mechanism.card
     source = f"{card.authors}, *{card.paper}*, {card.venue}"
@@ -79,15 +79,20 @@ def page(mechanism: type[Mechanism], notes: str) -> str:
     return "\n\n".join([*parts, *([notes] if notes else [])]) + "\n"
 
 
-def _facts(mechanism: type[Mechanism]) -> str:
-    card = mechanism.card
+def _facts(mechanism: type[Mechanism] | type[Modifier]) -> str:
+    card, default = mechanism.card, mechanism()
     fields = dataclasses.fields(mechanism)  # type: ignore[arg-type]
+    if isinstance(default, Mechanism):
+        module = f"`regard.{type(default.attn_layer()(8, 1)).__name__}`"
+    else:
+        module = f"added to any mechanism: `regard.{mechanism.__name__}`"
     facts = {
-        "text form": f"`{mechanism()}`" + ("" if fields else " (no options)"),
-        "module": f"`regard.{type(mechanism().attn_layer()(8, 1)).__name__}`",
+        "text form": f"`{default}`" + ("" if fields else " (no options)"),
+        "module": module,
         "own definition": "computed exactly" if card.exact else "approximated",
         "cost in N tokens": card.cost,
         "tokens' grid": "needed" if card.needs_grid else "not needed",
+        "trained dense models": "can be converted" if card.converts else "must be trained with it",
         "weights": "adds parameters to dense attention's" if card.adds_parameters else "the same as dense attention's",
     }
     if card.official:
