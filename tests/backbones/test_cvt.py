@@ -123,7 +123,9 @@ def test_official_checkpoint_loads(tmp_path, filled):
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     model.load_state_dict(checkpoint_filter_fn({"state_dict": content}, model))
     torch.testing.assert_close(model.state_dict(), filled.state_dict(), rtol=0, atol=0)
-    assert torch.equal(model.stages[1].blocks[0].attn.qkv.weight[192:384], official["stage1.blocks.0.attn.proj_k.weight"])
+    assert torch.equal(
+        model.stages[1].blocks[0].attn.qkv.weight[192:384], official["stage1.blocks.0.attn.proj_k.weight"]
+    )
 
 
 def test_own_checkpoint_loads_through_the_filter(tiny):
@@ -158,6 +160,13 @@ def test_multipole_takes_the_fewer_keys(tiny, images):
     model.load_state_dict(tiny.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(model(images), tiny(images))  # all near: dense
+
+
+def test_modifiers_reach_every_block(images):
+    model = create_model("cvt_13", architecture=SHALLOW, attn_layer=regard.KNN(0.5) + regard.Gated("headwise"))
+    assert [b.attn.gate.out_features for s in model.stages for b in s.blocks] == [1, 2, 4, 4]
+    with pytest.raises(ValueError, match="attn_layer: 'knn.* changes the whole model"):
+        CvT(SHALLOW, attn_layer=[DenseAttention, DenseAttention, regard.KNN(0.5) + regard.Gated()])
 
 
 def test_mechanisms_that_do_not_fit_are_refused(images):
@@ -250,18 +259,18 @@ def test_drop_rates_reach_their_places():
     assert model.head_drop.p == 0.1
 
 
-def test_gradients_are_the_same_under_checkpointing_and_compile(tiny, images):
+def test_gradient_checkpointing_gives_the_same_gradients(tiny, images):
     """BatchNorm in evaluation, since checkpointing would count each batch twice."""
-    torch.compiler.reset()
     grads = []
-    for run in (tiny, tiny, torch.compile(tiny, fullgraph=True, backend="aot_eager")):
+    for enable in (False, True):
         tiny.zero_grad()
-        run(images).square().sum().backward()
+        tiny.set_grad_checkpointing(enable)
+        tiny(images).square().sum().backward()
         grads.append({n: p.grad.clone() for n, p in tiny.named_parameters()})
-        tiny.set_grad_checkpointing(not grads[1:])
     torch.testing.assert_close(grads[0], grads[1])
-    torch.testing.assert_close(grads[0], grads[2], rtol=1e-4, atol=1e-5)
-    assert all(grad.abs().sum() > 0 for grad in grads[0].values())
+    unused = {name for name, grad in grads[0].items() if grad.abs().sum() == 0}
+    # The classifier reads the class token alone, whose query in the last block is no convolution's.
+    assert unused == {name for name in grads[0] if name.startswith("stages.2.blocks.1.attn.sources.query.")}
 
 
 def test_bad_architecture():

@@ -21,7 +21,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regard.backbones._attention import AttnLayer, attn_layers
+from regard.backbones._attention import AttnLayer, attn_layers, modify
 from regard.mixers import AttentionMixer, DenseAttention
 
 __all__ = ["CVT_13", "CVT_21", "CVT_W24", "Architecture", "CvT", "checkpoint_filter_fn", "create_cvt", "default_cfgs"]
@@ -185,10 +185,8 @@ class CvT(nn.Module):
             rates = torch.linspace(0.0, drop_path_rate if i == last else 0.0, depth, device="cpu").tolist()
             blocks = []
             for rate in rates:
-                drops: dict[str, float] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
-                attn = layer(
-                    dim, heads, qkv_bias=True, num_prefix_tokens=prefix, scale=dim**-0.5, **drops, **factory
-                )
+                drops: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+                attn = layer(dim, heads, qkv_bias=True, num_prefix_tokens=prefix, scale=dim**-0.5, **drops, **factory)
                 attn.project_from(ConvSources(dim, prefix, **factory))
                 blocks.append(Block(attn, proj_drop_rate, rate, **factory))
             cls_token = nn.Parameter(torch.zeros(1, 1, dim, **factory)) if prefix else None
@@ -202,6 +200,7 @@ class CvT(nn.Module):
         self.head: nn.Module = nn.Identity()
         self.apply(_init_weights)
         self.reset_classifier(num_classes, global_pool)
+        modify(self, attn_layer)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}

@@ -100,4 +100,6 @@ def kvt_cvt_13(
     stages or one for each. At 224 pixels the stages have 784, 196 and 50 keys (3136, 784 and 197 queries)."""
     architecture = options.setdefault("architecture", cvt.CVT_13)
     kept = per_stage("topk", topk, len(architecture.depths))
-    return cvt.create_cvt("kvt_cvt_13", pretrained, {"attn_layer": [KNNAttention.bind(topk=k) for k in kept], **options})
+    return cvt.create_cvt(
+        "kvt_cvt_13", pretrained, {"attn_layer": [KNNAttention.bind(topk=k) for k in kept], **options}
+    )

@@ -186,8 +186,7 @@ class AttentionMixer(Reporter, nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
         # Every mechanism scales its logits by D^-0.5, so that another scale is a factor of the queries.
         self.query_factor = 1.0 if scale is None else scale * head_dim**0.5
-        self.sources: nn.Module | None
-        self.register_module("sources", None)  # set by `project_from`
+        self.sources: nn.Module | None = None  # see `project_from`
         self.num_prefix_tokens = num_prefix_tokens
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
@@ -257,8 +256,8 @@ class AttentionMixer(Reporter, nn.Module):
         """
         if type(self).mix is not AttentionMixer.mix or type(self).heads is not AttentionMixer.heads:
             raise ValueError(
-                f"attn_layer: {type(self).__name__} makes its keys from the tokens themselves, so no other projection can "
-                "supply them here; choose a mechanism between given queries, keys and values, such as KNNAttention"
+                f"attn_layer: {type(self).__name__} makes its keys from the tokens themselves, so no other projection "
+                "can supply them; choose a mechanism between given queries, keys and values, such as KNNAttention"
             )
         self.sources = sources
 
