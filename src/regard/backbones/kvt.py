@@ -13,7 +13,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
 
-from regard.backbones import cvt
+from regard.backbones import cvt, t2t_vit
 from regard.backbones._attention import per_stage
 from regard.mixers import KNNAttention
 
@@ -47,6 +47,8 @@ default_cfgs = generate_default_cfgs(
         "kvt_deit_tiny": _cfg(),
         "kvt_deit_small": _cfg(),
         "kvt_cvt_13": cvt.cfg(),
+        "kvt_t2t_vit_t_14": t2t_vit.cfg(),
+        "kvt_t2t_vit_t_19": t2t_vit.cfg(),
     }
 )
 
@@ -103,3 +105,20 @@ def kvt_cvt_13(
     return cvt.create_cvt(
         "kvt_cvt_13", pretrained, {"attn_layer": [KNNAttention.bind(topk=k) for k in kept], **options}
     )
+
+
+def _create_t2t(variant: str, pretrained: bool, topk: int | float, options: dict[str, Any]) -> t2t_vit.T2TViT:
+    return t2t_vit.create_t2t_vit(variant, pretrained, {"attn_layer": KNNAttention.bind(topk=topk), **options})
+
+
+@register_model
+def kvt_t2t_vit_t_14(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
+    """KVT T2T-ViT-t-14, 21,541,070 parameters. `topk`: keys each query of a block keeps, an int or a fraction; at most
+    all. The token transformers before the blocks stay dense (`token_attn_layer` takes a mechanism for them)."""
+    return _create_t2t("kvt_t2t_vit_t_14", pretrained, topk, options)
+
+
+@register_model
+def kvt_t2t_vit_t_19(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
+    """KVT T2T-ViT-t-19, 39,172,942 parameters, otherwise as kvt_t2t_vit_t_14."""
+    return _create_t2t("kvt_t2t_vit_t_19", pretrained, topk, options)
