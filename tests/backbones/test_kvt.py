@@ -131,6 +131,7 @@ def test_names_are_registered_with_timm():
         "kvt_cvt_13",
         "kvt_deit_small",
         "kvt_deit_tiny",
+        "kvt_so_vit_7",
         "kvt_t2t_vit_t_14",
         "kvt_t2t_vit_t_19",
     ]

@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, cvt, kvt, t2t_vit  # noqa: F401  (registers their models)
+from regard.backbones import clustr, cvt, kvt, so_vit, t2t_vit  # noqa: F401  (registers their models)
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 

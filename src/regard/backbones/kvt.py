@@ -13,7 +13,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
 
-from regard.backbones import cvt, t2t_vit
+from regard.backbones import cvt, so_vit, t2t_vit
 from regard.backbones._attention import per_stage
 from regard.mixers import KNNAttention
 
@@ -47,6 +47,7 @@ default_cfgs = generate_default_cfgs(
         "kvt_deit_tiny": _cfg(),
         "kvt_deit_small": _cfg(),
         "kvt_cvt_13": cvt.cfg(),
+        "kvt_so_vit_7": so_vit.cfg(),
         "kvt_t2t_vit_t_14": t2t_vit.cfg(),
         "kvt_t2t_vit_t_19": t2t_vit.cfg(),
     }
@@ -122,3 +123,9 @@ def kvt_t2t_vit_t_14(pretrained: bool = False, *, topk: int | float = DEFAULT_TO
 def kvt_t2t_vit_t_19(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
     """KVT T2T-ViT-t-19, 39,172,942 parameters, otherwise as kvt_t2t_vit_t_14."""
     return _create_t2t("kvt_t2t_vit_t_19", pretrained, topk, options)
+
+
+@register_model
+def kvt_so_vit_7(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> so_vit.SoViT:
+    """KVT So-ViT-7, 5,527,144 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
+    return so_vit.create_so_vit("kvt_so_vit_7", pretrained, {"attn_layer": KNNAttention.bind(topk=topk), **options})

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, to_2tuple
+from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from regard.backbones._attention import AttnLayer, attn_layers
-from regard.backbones._vit import SinusoidalViT, unwrapped, with_positions_of
+from regard.backbones._vit import ImageTokens, SinusoidalViT, unwrapped, vit_cfg, with_positions_of
 from regard.mixers import AttentionMixer, DenseAttention
 from regard.ops._arguments import autocast_off
 
@@ -107,17 +106,18 @@ class TokenPerformer(nn.Module):
         return exponent.exp() / math.sqrt(len(self.directions))
 
 
-class TokensToToken(nn.Module):
-    """The image's tokens at stride 16, (B, C, H, W) -> (B, H' W', D), in the form of timm's patch embedding.
+class TokensToToken(ImageTokens):
+    """The image's tokens by three soft splits.
 
     Args:
         attn_layer: the mixer between the soft splits; None: the Performer.
-        img_size, in_chans, embed_dim, strict_img_size, output_fmt: as in timm's PatchEmbed.
+        img_size, in_chans, embed_dim and the rest: as in timm's PatchEmbed.
     """
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 384,
         strict_img_size: bool = True,
@@ -128,12 +128,8 @@ class TokensToToken(nn.Module):
         dtype: torch.dtype | None = None,
         **_: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(img_size, strict_img_size, output_fmt)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.patch_size = (16, 16)
-        self.strict_img_size = strict_img_size
-        self.flatten = output_fmt is None
-        self.set_input_size(to_2tuple(img_size))
         joined = [in_chans * _SPLITS[0][0] ** 2, _TOKEN_DIM * _SPLITS[1][0] ** 2]
         self.tokens = nn.ModuleList(
             TokenPerformer(dim, **factory) if attn_layer is None else TokenTransformer(dim, attn_layer, **factory)
@@ -141,41 +137,15 @@ class TokensToToken(nn.Module):
         )
         self.project = nn.Linear(_TOKEN_DIM * _SPLITS[2][0] ** 2, embed_dim, **factory)
 
-    def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        """The size of the images to come.
-
-        Raises:
-            ValueError: another patch size is asked for, or the image is too small for one token.
-        """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"patch_size: the soft splits make tokens of stride 16, got {patch_size}")
-        if img_size is None:
-            return
-        grid = self.dynamic_feat_size(img_size)
-        if min(grid) < 1:
-            raise ValueError(f"img_size: expected at least 3 pixels a side, got {tuple(img_size)}")
-        self.img_size = tuple(img_size)
-        self.grid_size = grid
-        self.num_patches = grid[0] * grid[1]
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        return 16 if as_scalar else self.patch_size
-
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> Grid:
         return _grids(img_size)[-1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        size = (x.shape[-2], x.shape[-1])
-        if self.strict_img_size and size != self.img_size:
-            raise ValueError(
-                f"x: expected images of {self.img_size}, got {size}; build the model with dynamic_img_size=True"
-            )
-        grids = _grids(size)
+    def embed(self, x: Tensor) -> Tensor:
+        grids = _grids((x.shape[-2], x.shape[-1]))
         for split, grid, tokens in zip(_SPLITS, grids, self.tokens, strict=False):
             x = tokens(_soft_split(x, *split), grid)
             x = x.transpose(1, 2).unflatten(2, grid)
-        x = self.project(_soft_split(x, *_SPLITS[-1]))
-        return x if self.flatten else x.unflatten(1, grids[-1])
+        return self.project(_soft_split(x, *_SPLITS[-1]))
 
 
 def _soft_split(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
@@ -204,22 +174,12 @@ class T2TViT(SinusoidalViT):
         super().__init__(embed_layer=partial(TokensToToken, attn_layer=layer), **options)
 
 
-def cfg(file: str = "", **changes: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{file}" if file else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": None,  # the first layer reads pixels of unfolded windows
-        "classifier": "head",
-        "license": "BSD-3-Clause-Clear",
-        **changes,
-    }
+def cfg(file: str = "") -> dict[str, Any]:
+    return vit_cfg(
+        url=f"https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{file}" if file else "",
+        first_conv=None,  # the first layer reads pixels of unfolded windows
+        license="BSD-3-Clause-Clear",
+    )
 
 
 default_cfgs = generate_default_cfgs(
