@@ -95,19 +95,22 @@ _COLUMNS: dict[str, Callable[[Card], str]] = {
     "masks": lambda card: "any" if card.query_masks else "hide keys",
     "paper": lambda card: f"[{card.arxiv}]({card.paper_link}), {card.venue}" if card.arxiv else card.venue,
 }
+_SHORT = ("name", "mechanism", "which keys, how strongly", "paper")
 
 
-def table(cards: Iterable[Card], *, pages: str | None = None) -> str:
+def table(cards: Iterable[Card], *, pages: str | None = None, short: bool = False) -> str:
     """The mechanisms' table in Markdown, one row a card.
 
     Args:
         cards: in the order of the rows.
         pages: where the mechanisms' pages stand; each name becomes a link to `<pages>/<name>.md`.
+        short: only what says what each is.
     """
+    columns = {heading: cell for heading, cell in _COLUMNS.items() if not short or heading in _SHORT}
     rows = []
     for card in cards:
-        row = [cell(card) for cell in _COLUMNS.values()]
+        row = [cell(card) for cell in columns.values()]
         if pages is not None:
             row[0] = f"[{row[0]}]({pages}/{card.name}.md)"
         rows.append([text.replace("|", "\\|") for text in row])
-    return markdown_table(list(_COLUMNS), rows)
+    return markdown_table(list(columns), rows)

@@ -66,6 +66,21 @@ def test_square_grid_is_inferred(mechanism):
     torch.testing.assert_close(mixer(x), mixer(x, grid_size=(4, 4)))
 
 
+def test_sizes_may_change_after_construction(mechanism):
+    mixer = make(mechanism, num_prefix_tokens=1)
+    x, larger = tokens(17), tokens(31)
+    before = mixer(x)
+    assert mixer(larger, grid_size=(5, 6)).shape == larger.shape
+    torch.testing.assert_close(mixer(x), before, rtol=0, atol=0)
+
+
+def test_state_dict_round_trip(mechanism):
+    mixer, other, x = make(mechanism, **ALL_OPTIONS), make(mechanism, **ALL_OPTIONS), tokens()
+    assert not torch.equal(mixer(x), other(x))
+    other.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(other(x), mixer(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(mechanism, batch):
     assert make(mechanism)(tokens(16, batch=batch)).shape == (batch, 16, DIM)
