@@ -18,8 +18,8 @@ SMALLEST = {
     "clustr": ("clustr_b1", {}),
     "cvt": ("cvt_13", {"architecture": Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
-    "so_vit": ("so_vit_7", {"img_size": 64, "depth": 2, "embed_dim": 32}),
-    "t2t_vit": ("t2t_vit_7", {"img_size": 64, "depth": 2, "embed_dim": 32}),
+    "so_vit": ("so_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "t2t_vit": ("t2t_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
 }
 COUNT = 10
 
@@ -125,15 +125,16 @@ def test_features_only(family):
 
 def test_classifier(family):
     net, x = make(family), images()
-    assert net.get_classifier().out_features == COUNT and net.num_classes == COUNT
+    heads = net.get_classifier() if isinstance(net.get_classifier(), tuple) else (net.get_classifier(),)
+    assert {head.out_features for head in heads} == {COUNT} and net.num_classes == COUNT
     net.reset_classifier(3)
     assert net(x).shape == (2, 3)
     net.reset_classifier(0)
-    assert net(x).shape == (2, net.num_features) == net.forward_head(net.forward_features(x), pre_logits=True).shape
+    assert net(x).shape == (2, net.head_hidden_size) == net.forward_head(net.forward_features(x), pre_logits=True).shape
     cfg = net.pretrained_cfg
     names = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
     assert all(isinstance(make(family).get_submodule(name), nn.Linear) for name in names)
-    assert make(family, num_classes=0)(x).shape == (2, net.num_features)
+    assert make(family, num_classes=0)(x).shape == (2, net.head_hidden_size)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(family):

@@ -15,11 +15,11 @@ from regard.mixers import KNNAttention
 
 GOLDEN = Path(__file__).parent / "goldens" / "so_vit_7.npz"
 COUNTS = {
-    "so_vit_7": 5_527_144,
-    "so_vit_10": 0,
-    "so_vit_14": 0,
-    "so_vit_19": 0,
-    "kvt_so_vit_7": 5_527_144,
+    "so_vit_7": 5_579_664,
+    "so_vit_10": 7_158_672,
+    "so_vit_14": 24_718_704,
+    "so_vit_19": 43_887_696,
+    "kvt_so_vit_7": 5_579_664,
 }
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 10, "pool_widths": (6, 5)}
 

@@ -127,5 +127,5 @@ def kvt_t2t_vit_t_19(pretrained: bool = False, *, topk: int | float = DEFAULT_TO
 
 @register_model
 def kvt_so_vit_7(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> so_vit.SoViT:
-    """KVT So-ViT-7, 5,527,144 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
+    """KVT So-ViT-7, 5,579,664 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
     return so_vit.create_so_vit("kvt_so_vit_7", pretrained, {"attn_layer": KNNAttention.bind(topk=topk), **options})

@@ -238,23 +238,23 @@ def create_so_vit(variant: str, pretrained: bool, options: dict[str, Any]) -> So
 
 @register_model
 def so_vit_7(pretrained: bool = False, **options: Any) -> SoViT:
-    """So-ViT-7, 5,527,144 parameters."""
+    """So-ViT-7, 5,579,664 parameters."""
     return create_so_vit("so_vit_7", pretrained, options)
 
 
 @register_model
 def so_vit_10(pretrained: bool = False, **options: Any) -> SoViT:
-    """So-ViT-10, 7 parameters."""
+    """So-ViT-10, 7,158,672 parameters."""
     return create_so_vit("so_vit_10", pretrained, options)
 
 
 @register_model
 def so_vit_14(pretrained: bool = False, **options: Any) -> SoViT:
-    """So-ViT-14, 7 parameters."""
+    """So-ViT-14, 24,718,704 parameters."""
     return create_so_vit("so_vit_14", pretrained, options)
 
 
 @register_model
 def so_vit_19(pretrained: bool = False, **options: Any) -> SoViT:
-    """So-ViT-19, 7 parameters."""
+    """So-ViT-19, 43,887,696 parameters."""
     return create_so_vit("so_vit_19", pretrained, options)

@@ -57,7 +57,8 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.norm1(x)
-        value = F.linear(x, self.attn.qkv.weight[-_TOKEN_DIM:])
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        value = F.linear(x, weight[-_TOKEN_DIM:], None if bias is None else bias[-_TOKEN_DIM:])
         x = value + self.attn(x, grid_size=grid)
         return x + self.mlp(self.norm2(x))
 
@@ -83,8 +84,10 @@ class TokenPerformer(nn.Module):
         self.mlp = Mlp(_TOKEN_DIM, drop=(0.0, self._DROP), **factory)
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
-        nn.init.orthogonal_(self.directions, gain=math.sqrt(len(self.directions)))
+        directions = torch.empty_like(self.directions, dtype=torch.float32)  # half types have no QR
+        self.directions.copy_(nn.init.orthogonal_(directions, gain=math.sqrt(len(directions))))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         query, key, value = self.qkv(self.norm1(x)).chunk(3, dim=-1)
