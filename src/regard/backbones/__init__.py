@@ -16,12 +16,12 @@ __all__ = ["FAMILIES", "create_model", "list_models"]
 FAMILIES = (
     biformer,
     clustr,
+    cvt,
     evit,
     fan,
     kvt,
-    sparsifiner,
-    cvt,
     so_vit,
+    sparsifiner,
     t2t_vit,
 )
 
