@@ -17,6 +17,7 @@ from regard.ops._selection import kept_above_kth, raised
 from regard.ops.clustering.kmeans import assign_at_once, lloyd, spread_over_grid, start_tokens
 from regard.ops.clustering.reference import density_peaks_reference
 from regard.ops.knn.call import KNNCall
+from regard.ops.knn.euclidean import euclidean_call
 from regard.ops.knn.reference import knn_attention_reference
 from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
@@ -50,6 +51,10 @@ def _knn(
     # The rest is for the backward, which an exported program does not have.
     state = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     return output, state, state.clone(), query.new_zeros(query.shape[:-1], dtype=torch.int32)
+
+
+def _knn_euclidean(*operands: Any) -> Tensor:
+    return _heads_last(knn_attention_reference(euclidean_call(*operands), _kept))
 
 
 def _multipole(*operands: Any) -> Tensor:
@@ -123,6 +128,7 @@ def _any_unknown(*sizes: int) -> bool:
 _OPS = torch.ops.regard
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
+    _OPS.knn_attention_euclidean.default: _knn_euclidean,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
     _OPS.neighborhood_attention.default: _neighborhood,
