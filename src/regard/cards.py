@@ -43,6 +43,7 @@ class Card:
         summary: one sentence: which keys, how strongly, what do they hand over.
         equation: the mechanism in LaTeX, one output row.
         query_masks: True if masks may differ between queries (and be biases, or causal); False if they only hide keys.
+        causal: True if is_causal is taken although masks only hide keys.
         variants: the published variants, and which of them this is, one paragraph each.
         claims: what the paper claims, with its figures, one paragraph each.
         claims_source: where the claims stand.
@@ -65,6 +66,7 @@ class Card:
     summary: str
     equation: str = ""
     query_masks: bool = True
+    causal: bool = False
     variants: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     claims_source: str = "the paper"
@@ -88,7 +90,7 @@ _COLUMNS: dict[str, Callable[[Card], str]] = {
     "cost in N tokens": lambda card: card.cost,
     "grid": lambda card: "needed" if card.needs_grid else "no",
     "dense weights load": lambda card: "with new ones" if card.adds_parameters else "unchanged",
-    "masks": lambda card: "any" if card.query_masks else "hide keys",
+    "masks": lambda card: "any" if card.query_masks else "hide keys, or causal" if card.causal else "hide keys",
     "paper": lambda card: f"[{card.arxiv}]({card.paper_link}), {card.venue}" if card.arxiv else card.venue,
 }
 

@@ -6,6 +6,7 @@ from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
+from regard.mixers.proxy import Proxy, ProxyAttention
 from regard.specs import Mechanism, parse, registered
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
+    "Proxy",
+    "ProxyAttention",
     "mechanisms",
     "parse_mechanism",
 ]
