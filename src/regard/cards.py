@@ -42,6 +42,8 @@ class Card:
         adds_parameters: True if its state_dict differs from dense attention's.
         summary: one sentence: which keys, how strongly, what do they hand over.
         equation: the mechanism in LaTeX, one output row.
+        modifies: True if it is no mechanism but changes a model around one.
+        converts: True if a trained dense model can be converted to it; False if it needs weights of its own.
         query_masks: True if masks may differ between queries (and be biases, or causal); False if they only hide keys.
         causal: True if is_causal is taken although masks only hide keys.
         variants: the published variants, and which of them this is, one paragraph each.
@@ -65,6 +67,8 @@ class Card:
     adds_parameters: bool
     summary: str
     equation: str = ""
+    modifies: bool = False
+    converts: bool = True
     query_masks: bool = True
     causal: bool = False
     variants: tuple[str, ...] = ()
@@ -83,7 +87,7 @@ class Card:
 
 # Heading of the table and what a card holds under it.
 _COLUMNS: dict[str, Callable[[Card], str]] = {
-    "name": lambda card: f"`{card.name}`",
+    "name": lambda card: f"`… + {card.name}`" if card.modifies else f"`{card.name}`",
     "mechanism": lambda card: card.title,
     "which keys, how strongly": lambda card: card.summary,
     "own definition": lambda card: "exact" if card.exact else "approximate",
@@ -93,19 +97,22 @@ _COLUMNS: dict[str, Callable[[Card], str]] = {
     "masks": lambda card: "any" if card.query_masks else "hide keys, or causal" if card.causal else "hide keys",
     "paper": lambda card: f"[{card.arxiv}]({card.paper_link}), {card.venue}" if card.arxiv else card.venue,
 }
+_SHORT = ("name", "mechanism", "which keys, how strongly", "paper")
 
 
-def table(cards: Iterable[Card], *, pages: str | None = None) -> str:
+def table(cards: Iterable[Card], *, pages: str | None = None, short: bool = False) -> str:
     """The mechanisms' table in Markdown, one row a card.
 
     Args:
         cards: in the order of the rows.
         pages: where the mechanisms' pages stand; each name becomes a link to `<pages>/<name>.md`.
+        short: only what says what each is.
     """
+    columns = {heading: cell for heading, cell in _COLUMNS.items() if not short or heading in _SHORT}
     rows = []
     for card in cards:
-        row = [cell(card) for cell in _COLUMNS.values()]
+        row = [cell(card) for cell in columns.values()]
         if pages is not None:
             row[0] = f"[{row[0]}]({pages}/{card.name}.md)"
         rows.append([text.replace("|", "\\|") for text in row])
-    return markdown_table(list(_COLUMNS), rows)
+    return markdown_table(list(columns), rows)
