@@ -107,6 +107,14 @@ def _trimmed(lists: Tensor) -> Tensor:
     return lists[..., : max(1, int((lists >= 0).sum(dim=-1).max()))]
 
 
+def _grid_of(cells: int, grid_size: tuple[int, ...] | None, is_causal: bool) -> tuple[int, ...]:
+    """The queries' grid: as given, a square if they make one, else (and causally) a sequence."""
+    if grid_size is not None and not is_causal:
+        return grid_size
+    side = math.isqrt(cells)
+    return (side, side) if side * side == cells and not is_causal else (cells,)
+
+
 @dataclass(frozen=True)
 class _Tokens:
     """The tokens of a call, prefix tokens apart.
@@ -165,10 +173,10 @@ class _Blocks:
     shown: Tensor | None
 
     @classmethod
-    def of(cls, tokens: _Tokens, block_size: int, grid_size: tuple[int, ...] | None) -> "_Blocks":
+    def of(cls, tokens: _Tokens, block_size: int, grid_size: tuple[int, ...]) -> "_Blocks":
         prefix = tokens.prefix
         query, key, value = (t[:, :, prefix:] for t in (tokens.query, tokens.key, tokens.value))
-        queries = _tiles(grid_size or (query.shape[2],), block_size)
+        queries = _tiles(grid_size, block_size)
         keys = queries if tokens.same else _tiles((key.shape[2],), block_size)
         visible = None if tokens.visible is None else tokens.visible[:, prefix:]
         shown = _shown(keys, visible, key)
@@ -287,14 +295,9 @@ def _attend(
     query, key, value = (fold(t) for t in lowered_for_autocast(query, key, value))
     options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
     tokens = _Tokens(query, key, value, visible, prefix, options)
-    cells = count - prefix
-    if cells == 0 or keys == prefix:
+    if count == prefix or keys == prefix:
         return tokens.dense(slice(None), slice(None), is_causal).reshape(*lead, count, value.shape[-1])
-    if is_causal:
-        grid_size = None
-    elif grid_size is None and math.isqrt(cells) ** 2 == cells:
-        grid_size = (math.isqrt(cells),) * 2
-    blocks = _Blocks.of(tokens, mechanism.block_size, grid_size)
+    blocks = _Blocks.of(tokens, mechanism.block_size, _grid_of(count - prefix, grid_size, is_causal))
     lists = blocks.lists(tokens, mechanism, is_causal)
     if is_causal:
         found = _with_own_block(tokens, blocks, lists)
@@ -340,6 +343,29 @@ class Proxy(Mechanism):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return _attend(query, key, value, self, **options)
+
+    def choose(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        grid_size: tuple[int, ...] | None = None,
+        num_prefix_tokens: int = 0,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, BlockOrder]:
+        """What `attend` would let the queries see, for those who want to look.
+
+        Args:
+            query: (B, H, N, D). key: (B, H_kv, M, D). The rest is as in `attend`.
+
+        Returns:
+            (B, H, R, T) int64, the key blocks of each block of queries, -1 for none (causal: without the own block),
+            and the order of the queries' blocks.
+        """
+        tokens = _Tokens(query, key, key, None, num_prefix_tokens, {"dropout_p": 0.0, "scale": None})
+        grid = _grid_of(query.shape[2] - num_prefix_tokens, grid_size, is_causal)
+        blocks = _Blocks.of(tokens, self.block_size, grid)
+        return blocks.lists(tokens, self, is_causal), blocks.queries
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
         return ProxyAttention.bind(**{one.name: getattr(self, one.name) for one in fields(self)}, **options)
