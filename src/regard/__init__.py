@@ -53,6 +53,8 @@ _EXPORTS = {
     "token_map": "regard.reduction",
     "Sparsifiner": "regard.mixers",
     "SparsifinerAttention": "regard.mixers",
+    "Proxy": "regard.mixers",
+    "ProxyAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -91,6 +93,8 @@ if TYPE_CHECKING:
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
+    from regard.mixers import Proxy as Proxy
+    from regard.mixers import ProxyAttention as ProxyAttention
     from regard.mixers import Sparsifiner as Sparsifiner
     from regard.mixers import SparsifinerAttention as SparsifinerAttention
     from regard.mixers import TokenAwarePooling as TokenAwarePooling

@@ -8,6 +8,7 @@ from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
+from regard.mixers.proxy import Proxy, ProxyAttention
 from regard.mixers.sparsifiner import Sparsifiner, SparsifinerAttention
 from regard.mixers.tap import TAP, TokenAwarePooling
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
@@ -31,6 +32,8 @@ __all__ = [
     "Sparsifiner",
     "SparsifinerAttention",
     "TokenAwarePooling",
+    "Proxy",
+    "ProxyAttention",
     "mechanisms",
     "modifiers",
     "parse_mechanism",

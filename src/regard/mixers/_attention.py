@@ -146,7 +146,7 @@ class AttentionMixer(Reporter, nn.Module):
     needs_grid: ClassVar[bool] = False
     # True if each row of weights is softmax over those of its logits q.k * scale that `kept_keys` picks, q and k being
     # what q_norm and k_norm return.
-    row_wise: ClassVar[bool] = False
+    row_wise: bool = False
 
     def __init__(
         self,
