@@ -31,7 +31,7 @@ COUNTS = {
     "moh_transnext_base_50": 90_023_512,
 }
 SHALLOW = Architecture((1, 1, 2, 1), embed_dims=(16, 32, 48, 64), num_heads=(2, 2, 4, 4), mlp_ratios=(2, 2, 2, 2))
-MIXED = replace(SHALLOW, shared=(2, 1, 1, 0), routed=(0, 1, 2, 2))
+MIXED = replace(SHALLOW, shared=(2, 0, 1, 0), routed=(0, 1, 2, 2))
 
 
 def official_state(model):
@@ -277,7 +277,8 @@ def test_balance_is_collected_once_with_gradient_checkpointing():
         assert len(losses.by_name["balance"]) == 4  # the first stage's heads are all shared
         found.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(found[0], found[1])
-    assert all(grad.abs().sum() > 0 for grad in found[0].values())
+    # A softmax does not see a bias that all its keys share.
+    assert all(grad.abs().sum() > 0 for name, grad in found[0].items() if not name.endswith("position_bias.fc2.bias"))
 
 
 def test_half_precision_keeps_its_constants_in_float32():

@@ -12,7 +12,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from regard.backbones._pyramid import Block, Grid, PatchEmbed, Pyramid, Stage, norm, pyramid_cfg
+from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
+from regard.backbones._pyramid import Grid, default_cfg
 from regard.mixers import ClusteredAttention
 
 __all__ = ["Architecture", "ClusTR", "checkpoint_filter_fn", "default_cfgs"]
@@ -54,15 +55,12 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-class ClusTR(Pyramid):
+class ClusTR(OverlapPyramid):
     """ClusTR for images of any size.
 
     Args:
         architecture: depths and widths.
-        in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0: none.
-        global_pool: "avg", or "" to classify every place of the grid's features.
-        drop_rate: dropout before the classifier.
+        in_chans, num_classes, global_pool, drop_rate: as in Pyramid. Each stage ends in a norm of its own.
         proj_drop_rate: dropout in the MLPs and after the attention.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: of the last block, rising from 0 at the first. The authors trained with 0.1, b3 with 0.3.
@@ -101,14 +99,17 @@ class ClusTR(Pyramid):
                 )
                 for _ in range(architecture.depths[i])
             ]
-            stages.append(Stage(PatchEmbed(channels, dim, kernel, stride, **factory), blocks, norm(dim, **factory)))
+            embed = PatchEmbed(channels, dim, kernel, stride, **factory)
+            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
             channels = dim
-        super().__init__(stages, in_chans, num_classes, global_pool, drop_rate)
+        super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
         self.architecture = architecture
 
 
-# The authors publish no weights.
-default_cfgs = generate_default_cfgs({name: pyramid_cfg() for name in ("clustr_b1", "clustr_b2", "clustr_b3")})
+# No addresses: the authors publish no weights.
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg("stages.0.patch_embed.proj") for name in ("clustr_b1", "clustr_b2", "clustr_b3")}
+)
 
 # Official names -> ours. Stages are counted from 1 there.
 _RENAMED = (

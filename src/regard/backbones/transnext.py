@@ -14,7 +14,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from regard.backbones._aggregated import AggregatedAttention, CosineAttention
-from regard.backbones._pyramid import Block, Grid, PatchEmbed, Pyramid, Stage, norm, pyramid_cfg
+from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
+from regard.backbones._pyramid import Grid, default_cfg
 
 __all__ = ["Architecture", "TransNeXt", "checkpoint_filter_fn", "default_cfgs"]
 
@@ -71,17 +72,14 @@ class ConvGLU(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(gate) * x)))
 
 
-class TransNeXt(Pyramid):
+class TransNeXt(OverlapPyramid):
     """TransNeXt for images of any size.
 
     Args:
         architecture: depths and widths, and the heads of a mixture of heads.
-        in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0: none.
-        global_pool: "avg", or "" to classify every place of the grid's features.
+        in_chans, num_classes, global_pool, drop_rate: as in Pyramid. Each stage ends in a norm of its own.
         pretrain_size: side in pixels of the images in training, to which position biases refer. It stays what it was
             when the model goes on to larger images.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in the MLPs and after the attention.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: of the last block, rising from 0 at the first. The authors trained micro, tiny, small and base
@@ -122,9 +120,10 @@ class TransNeXt(Pyramid):
                 )
                 for _ in range(depth)
             ]
-            stages.append(Stage(PatchEmbed(channels, dim, kernel, stride, **factory), blocks, norm(dim, **factory)))
+            embed = PatchEmbed(channels, dim, kernel, stride, **factory)
+            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
             channels = dim
-        super().__init__(stages, in_chans, num_classes, global_pool, drop_rate)
+        super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
         self.architecture = architecture
 
     def no_weight_decay(self) -> set[str]:
@@ -150,7 +149,7 @@ _BASE = Architecture((5, 5, 23, 5), embed_dims=(96, 192, 384, 768), num_heads=(4
 # The official weights of MoH are files of a model hub, those of TransNeXt of another: neither is a plain download.
 default_cfgs = generate_default_cfgs(
     {
-        name: pyramid_cfg()
+        name: default_cfg("stages.0.patch_embed.proj")
         for name in (
             "transnext_micro",
             "transnext_tiny",

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import knn_attention
-from regard.ops.knn.api import check_topk
+from regard.ops._counts import share_of
+from regard.ops._selection import kept_by_threshold
+from regard.ops.knn.api import check_metric, check_topk
 from regard.specs import Mechanism, register
 
 __all__ = ["CARD", "KNN", "KNNAttention"]
@@ -28,10 +30,11 @@ CARD = Card(
     equation=r"o_i = \sum_{j \in T_i} \operatorname{softmax}_{j \in T_i}\!\left(\frac{q_i \cdot k_j}{\sqrt{d}}\right) "
     r"v_j, \qquad T_i = \text{the } k \text{ keys } j \text{ with the largest } q_i \cdot k_j",
     variants=(
-        "The fast version, the only one in the official code and the one here: the k largest logits, then softmax over "
-        "them. The class token is a query and a key like any other.",
-        "The slow version (Attn-slow in the authors' table), absent from the official code: keys nearest in Euclidean "
-        "distance are gathered first. With keys of one length both select the same.",
+        "The fast version, the only one in the official code and the default here: the k largest logits, then softmax "
+        "over them. The class token is a query and a key like any other.",
+        "The slow version (Attn-slow in the authors' table), absent from the official code, here metric='euclidean': "
+        "the k keys nearest to the query in Euclidean distance, then softmax over the same logits. With keys of one "
+        "length both select the same. No kernel has it.",
     ),
     claims=(
         "DeiT-Tiny 72.2 to 73.0 (fast and slow alike), DeiT-Small 79.8 to 80.1: ImageNet-1k top-1, 224 pixels.",
@@ -57,6 +60,7 @@ CARD = Card(
             "k = 1 hands over the value of the arg-max key, with zero gradient to query and key",
             "permuting keys with their values changes nothing",
             "ties go to the lowest index, exactly k are kept",
+            "metric='euclidean' keeps the nearest keys, and equals the fast version for keys of one length",
         ),
         parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9",
         parameters={"kvt_deit_tiny": 5_717_416, "kvt_deit_small": 22_050_664},
@@ -70,19 +74,31 @@ class KNNAttention(AttentionMixer):
 
     Args:
         topk: int >= 1: keys each query keeps, at most all. float in (0, 1]: that fraction of the keys, rounded up.
+        metric: "dot": those with the largest logits. "euclidean": the nearest.
         The rest is as in AttentionMixer.
 
     Raises:
-        ValueError, TypeError: topk is out of range or no number.
+        ValueError, TypeError: topk is out of range or no number, or metric is unknown.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, *args: Any, topk: int | float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *args: Any,
+        topk: int | float = 0.5,
+        metric: str = "dot",
+        **kwargs: Any,
+    ) -> None:
         check_topk(topk)
+        check_metric(metric)
         super().__init__(dim, num_heads, *args, **kwargs)
         self.topk = topk
+        self.metric = metric
+        self.row_wise = metric == "dot"  # `kept_keys` knows logits only
 
     def extra_repr(self) -> str:
-        return f"topk={self.topk!r}"
+        return f"topk={self.topk!r}, metric={self.metric!r}"
 
     def attend(
         self,
@@ -94,25 +110,44 @@ class KNNAttention(AttentionMixer):
         grid_size: tuple[int, ...] | None,
     ) -> Tensor:
         return knn_attention(
-            query, key, value, topk=self.topk, attn_mask=attn_mask, dropout_p=self.dropout_p, is_causal=is_causal
+            query,
+            key,
+            value,
+            topk=self.topk,
+            attn_mask=attn_mask,
+            dropout_p=self.dropout_p,
+            is_causal=is_causal,
+            metric=self.metric,
         )
+
+    def kept_keys(self, logits: Tensor) -> Tensor:
+        return kept_by_threshold(logits, share_of(self.topk, logits.shape[-1]))
 
 
 @register
 @dataclass(frozen=True, eq=False)
 class KNN(Mechanism):
-    """k-NN attention, `knn(topk=0.5)` in text: an int is a number of keys, a float a fraction of them."""
+    """k-NN attention, `knn(topk=0.5)` in text: an int is a number of keys, a float a fraction of them.
+
+    `knn(topk=0.5, metric='euclidean')` keeps the nearest keys instead of those with the largest logits.
+    """
 
     card: ClassVar[Card] = CARD
     topk: int | float = 0.5
+    metric: str = "dot"
 
     def __post_init__(self) -> None:
         check_topk(self.topk)
+        check_metric(self.metric)
+
+    def __str__(self) -> str:
+        # The fast version's text is what results were stored under before there was another.
+        return super().__str__().replace(", metric='dot'", "")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         options.pop("grid_size", None)
         options.pop("num_prefix_tokens", None)
-        return knn_attention(query, key, value, topk=self.topk, **options)
+        return knn_attention(query, key, value, topk=self.topk, metric=self.metric, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return KNNAttention.bind(topk=self.topk, **options)
+        return KNNAttention.bind(topk=self.topk, metric=self.metric, **options)

@@ -18,6 +18,7 @@ class KNNCall:
             (added; float32, for float64 queries float64), or None.
         topk: how many keys a row keeps, 0 <= topk <= M (0 only when M is 0).
         scale: factor of the logits.
+        metric: what ranks the keys of a row: "dot" or "euclidean".
     """
 
     query: Tensor
@@ -28,6 +29,7 @@ class KNNCall:
     dropout_p: float
     is_causal: bool
     scale: float
+    metric: str = "dot"
 
     @property
     def groups(self) -> int:
@@ -35,5 +37,5 @@ class KNNCall:
         return self.query.shape[1] // self.key.shape[1] if self.key.shape[1] else 1
 
     def operands(self) -> tuple[Any, ...]:
-        """The arguments of the operator in op.py."""
+        """The arguments of the operator in op.py, and of the one in euclidean.py."""
         return self.query, self.key, self.value, self.attn_mask, self.topk, self.is_causal, self.scale

@@ -9,7 +9,7 @@ from regard.ops._arguments import full_precision
 from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
 from regard.ops.knn.call import KNNCall
 
-__all__ = ["knn_attention_reference", "logits", "mix", "weights"]
+__all__ = ["knn_attention_reference", "logits", "mix", "ranking", "weights"]
 
 
 def logits(call: KNNCall) -> Tensor:
@@ -28,10 +28,23 @@ def logits(call: KNNCall) -> Tensor:
     return scores
 
 
+def ranking(call: KNNCall, scores: Tensor) -> Tensor:
+    """(B, H, N, M) what the keys of a row are chosen by, the largest first; from the logits, without gradient.
+
+    The logits themselves, or for Euclidean distance the logits less scale |k|^2 / 2: -scale |q - k|^2 / 2, up to a
+    constant of each row, under the same bias and masks.
+    """
+    scores = scores.detach()
+    if call.metric == "dot":
+        return scores
+    lengths = 0.5 * call.scale * raised(call.key.detach()).square().sum(dim=-1)
+    return scores - lengths.repeat_interleave(call.groups, dim=1).unsqueeze(2)
+
+
 def weights(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
     """(B, H, N, M) attention weights: softmax over the kept keys, zero elsewhere; rows that keep none are all zero."""
     scores = logits(call)
-    return softmax_of_kept(scores, select(scores.detach(), call.topk))
+    return softmax_of_kept(scores, select(ranking(call, scores), call.topk))
 
 
 @full_precision
