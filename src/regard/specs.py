@@ -15,13 +15,21 @@ from regard.cards import Card
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Mechanism", "nearest", "parse", "register", "registered"]
+__all__ = ["Mechanism", "nearest", "parse", "quiet", "register", "registered"]
 
 _REGISTRY: dict[str, type["Mechanism"]] = {}
 
 
+def quiet(default: Any) -> Any:
+    """A field of a mechanism that its text form leaves out while it has its default."""
+    return dataclasses.field(default=default, metadata={"quiet": True})
+
+
 class Mechanism:
     """Base of every mechanism value. Subclasses are frozen dataclasses whose fields are the mechanism's options.
+
+    The text form holds all options, but for those declared by `quiet` that have their default value: what a mechanism
+    learns later does not change the text of what it could before.
 
     Two are equal if their text forms are: `knn(topk=1)` is one key and `knn(topk=1.0)` all of them, though 1 == 1.0. So
     subclasses are declared with eq=False.
@@ -34,16 +42,19 @@ class Mechanism:
         return self.card.name
 
     def __str__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
+        shown = [f for f in dataclasses.fields(self) if not (f.metadata.get("quiet") and self._is_default(f))]  # type: ignore[arg-type]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
         return f"{self.name}({options})" if options else self.name
 
     @property
     def label(self) -> str:
         """The text form without the options that have their default values: what a figure has room for."""
-        fields = [f for f in dataclasses.fields(self) if repr(getattr(self, f.name)) != repr(f.default)]  # type: ignore[arg-type]
+        fields = [f for f in dataclasses.fields(self) if not self._is_default(f)]  # type: ignore[arg-type]
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
         return f"{self.name}({options})" if options else self.name
+
+    def _is_default(self, field: "dataclasses.Field[Any]") -> bool:
+        return repr(getattr(self, field.name)) == repr(field.default)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and str(self) == str(other)

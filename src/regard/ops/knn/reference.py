@@ -8,6 +8,7 @@ from torch import Tensor
 from regard.ops._arguments import full_precision
 from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
 from regard.ops.knn.call import KNNCall
+from regard.ops.knn.tail import orders_of_rows, with_sampled_tail
 
 __all__ = ["knn_attention_reference", "logits", "mix", "weights"]
 
@@ -31,7 +32,12 @@ def logits(call: KNNCall) -> Tensor:
 def weights(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
     """(B, H, N, M) attention weights: softmax over the kept keys, zero elsewhere; rows that keep none are all zero."""
     scores = logits(call)
-    return softmax_of_kept(scores, select(scores.detach(), call.topk))
+    kept = select(scores.detach(), call.topk)
+    if call.num_samples:
+        rows = torch.arange(scores.shape[2], device=scores.device)
+        order = orders_of_rows(call.seed, scores.shape[1], rows, scores.shape[3])
+        scores, kept = with_sampled_tail(scores, kept, call.num_samples, order)
+    return softmax_of_kept(scores, kept)
 
 
 @full_precision
