@@ -10,6 +10,7 @@ from regard.specs import Mechanism
 _MORE = (
     "knn(topk=3)",
     "knn(topk=1.0)",
+    "knn(topk=3, tail='sample', num_samples=4)",
     "multipole(num_clusters=5, near=2, far='gaussian')",
     "clustered(reduction=2)",
     "multipole(near=20)",

@@ -58,8 +58,8 @@ def knn_attention(
     farther from dense attention than no tail at all. The paper's condition for a denominator within a factor 1 +- eps,
     with probability 1 - delta, is topk^2 num_samples >= 8 M^2 eps^-2 log(4 / delta); see tail_samples_for.
     The sample depends on seed, head, query and key alone, so the backward draws it again: all images of a batch share
-    it, and 64 neighbouring queries walk the keys in one order. It runs in PyTorch, on blocks of queries; no N x M matrix
-    is held.
+    it, and 64 neighbouring queries walk the keys in one order. It runs in PyTorch, on blocks of queries, and holds no
+    N x M matrix unless there is dropout.
 
     Args:
         query: (..., H, N, D).

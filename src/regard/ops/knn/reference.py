@@ -35,7 +35,7 @@ def weights(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_sta
     kept = select(scores.detach(), call.topk)
     if call.num_samples:
         rows = torch.arange(scores.shape[2], device=scores.device)
-        order = orders_of_rows(call.seed, scores.shape[1], rows, scores.shape[3])
+        order = orders_of_rows(call.seed, scores.shape[1], rows, scores.shape[3])  # type: ignore[arg-type]
         scores, kept = with_sampled_tail(scores, kept, call.num_samples, order)
     return softmax_of_kept(scores, kept)
 

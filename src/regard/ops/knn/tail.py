@@ -58,11 +58,11 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def tail_samples_for(keys: int, topk: int, *, eps: float, delta: float) -> int:
     """How many samples bring every row's partition function within a factor 1 +- eps, with probability 1 - delta.
 
-    A tail logit is at most the k-th, so a sample's term is at most m / k times the whole sum, m = keys - k, whatever the
-    data. Hoeffding's inequality therefore asks for c = (m / k)^2 log(2 / delta) / (2 eps^2) samples drawn one by one and
-    Serfling's, for samples without repeats, for c (m + 1) / (c + m), which is what is returned. The paper's condition
-    (arXiv 2411.04013), k^2 l >= 8 n^2 eps^-2 log(4 / delta), asks for more than sixteen times c. Both hold for the worst
-    data; real logits need far fewer.
+    A tail logit is at most the k-th, so a sample's term is at most m / k times the whole sum, m = keys - k, whatever
+    the data. Hoeffding's inequality therefore asks for c = (m / k)^2 log(2 / delta) / (2 eps^2) samples drawn one by
+    one, and Serfling's, for samples without repeats, for c (m + 1) / (c + m), which is what is returned. The paper's
+    condition (arXiv 2411.04013), k^2 l >= 8 n^2 eps^-2 log(4 / delta), asks for more than sixteen times c. Both hold
+    for the worst data; real logits need far fewer.
 
     Args:
         keys: that a row sees. topk: how many it keeps.
