@@ -11,6 +11,7 @@ _MORE = (
     "knn(topk=3)",
     "knn(topk=1.0)",
     "knn(topk=3, tail='sample', num_samples=4)",
+    "knn(topk=5, metric='euclidean')",
     "multipole(num_clusters=5, near=2, far='gaussian')",
     "clustered(reduction=2)",
     "multipole(near=20)",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.mixers import DenseAttention, KNNAttention
+from regard.mixers import KNN, DenseAttention, KNNAttention, parse_mechanism
 
 DIM, HEADS, TOKENS = 48, 3, 20
 
@@ -74,3 +74,20 @@ def test_unknown_argument():
 
 def test_repr_tells_topk():
     assert "topk=0.25" in repr(KNNAttention(DIM, topk=0.25))
+
+
+def test_the_nearest_keys_by_name():
+    """The option goes from the text form to the operator; the fast version's text is what it was."""
+    assert str(KNN(topk=3)) == "knn(topk=3)"
+    text = "knn(topk=3, metric='euclidean')"
+    mechanism = parse_mechanism(text)
+    assert str(mechanism) == text and mechanism != KNN(topk=3)
+    dense, knn, x = pair(3)
+    torch.manual_seed(0)
+    nearest = mechanism.attn_layer()(DIM, HEADS).double().eval()
+    nearest.load_state_dict(dense.state_dict())
+    assert "metric='euclidean'" in repr(nearest) and not torch.allclose(nearest(x), knn(x))
+    with pytest.raises(ValueError, match="metric"):
+        KNNAttention(DIM, HEADS, metric="manhattan")
+    with pytest.raises(ValueError, match="metric"):
+        KNN(metric="manhattan")

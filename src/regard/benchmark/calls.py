@@ -44,6 +44,10 @@ def _sampled_tail(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return knn_attention(query, key, value, topk=7, tail="sample", num_samples=9, seed=0)
 
 
+def _nearest(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return knn_attention(query, key, value, topk=0.07, metric="euclidean")
+
+
 def _line(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return neighborhood_attention(query, key, value, grid_size=(query.shape[2],), kernel_size=5, dilation=2)
 
@@ -93,7 +97,8 @@ def _density_peaks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 CALLS = {
     "knn": OperatorCall("knn_attention", lambda query, key, value: knn_attention(query, key, value, topk=0.07)),
     "knn, causal, bias": OperatorCall("knn_attention", _biased_knn),
-    "knn, sampled tail": OperatorCall("knn_attention_sampled", _sampled_tail),
+    "knn, sampled tail": OperatorCall("knn_attention_blocks", _sampled_tail),
+    "knn, euclidean": OperatorCall("knn_attention_blocks", _nearest),
     "multipole": OperatorCall("multipole_attention", _multipole),
     "multipole, tolerance": OperatorCall("multipole_attention", _bounded_multipole),
     "neighborhood": OperatorCall("neighborhood_attention", _line),

@@ -52,8 +52,8 @@ def _knn(
     return output, state, state.clone(), query.new_zeros(query.shape[:-1], dtype=torch.int32)
 
 
-def _knn_sampled(*operands: Any) -> Tensor:
-    return _heads_last(knn_attention_reference(KNNCall.of_sampled_operands(*operands), _kept))
+def _knn_blocks(*operands: Any) -> Tensor:
+    return _heads_last(knn_attention_reference(KNNCall.of_blocks_operands(*operands), _kept))
 
 
 def _multipole(*operands: Any) -> Tensor:
@@ -127,7 +127,7 @@ def _any_unknown(*sizes: int) -> bool:
 _OPS = torch.ops.regard
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
-    _OPS.knn_attention_sampled.default: _knn_sampled,
+    _OPS.knn_attention_blocks.default: _knn_blocks,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
     _OPS.neighborhood_attention.default: _neighborhood,

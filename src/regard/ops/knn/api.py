@@ -10,13 +10,14 @@ from torch import Tensor
 from regard.ops._arguments import canonical_mask, check_dropout, check_scale, check_tensors, fold, lowered_for_autocast
 from regard.ops._counts import share_of
 from regard.ops._dispatch import Operator
+from regard.ops.knn.backends import CPUBackend, GPUBackend, PyTorchBackend
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.eager import PyTorchBackend
-from regard.ops.knn.kernels import CPUBackend, GPUBackend
 from regard.ops.knn.op import knn_attention_op
 from regard.ops.knn.tail import check_tail, seed_tensor
 
-__all__ = ["OPERATOR", "check_topk", "knn_attention"]
+__all__ = ["METRICS", "OPERATOR", "check_metric", "check_topk", "knn_attention"]
+
+METRICS = ("dot", "euclidean")
 
 
 def check_topk(topk: int | float) -> None:
@@ -30,6 +31,12 @@ def check_topk(topk: int | float) -> None:
         raise ValueError(f"topk: as a fraction it must lie in (0, 1], got {topk}; give an int for a number of keys")
 
 
+def check_metric(metric: str) -> None:
+    """Raise unless `metric` names what ranks the keys."""
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+
+
 def knn_attention(
     query: Tensor,
     key: Tensor,
@@ -41,6 +48,7 @@ def knn_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    metric: str = "dot",
     tail: str = "drop",
     num_samples: int = 16,
     seed: int | Tensor | None = None,
@@ -50,6 +58,9 @@ def knn_attention(
     The logits are scaled, then masked or biased, then selected, then softmax runs over the kept ones. Ties go to the
     lowest index, so a row keeps exactly `topk` keys; a row with fewer allowed keys keeps all of them; a row with none
     gives zeros.
+    With `metric="euclidean"` it keeps the `topk` keys nearest to the query (KVT's definition, its "slow version"), and
+    softmax runs over the same logits: both select the same where all keys are of one length. A bias brings a key
+    nearer, as it would raise its logit.
     With `topk` at least the number of keys it equals scaled_dot_product_attention.
 
     With tail="sample" (arXiv 2411.04013) `num_samples` of each row's other keys, drawn uniformly and without repeats,
@@ -71,6 +82,7 @@ def knn_attention(
         is_causal: query i sees keys 0 ... i only. Combines with attn_mask.
         scale: factor of the logits, 1 / sqrt(D) if None.
         enable_gqa: allow H to be a multiple of H_kv.
+        metric: "dot", or "euclidean" (PyTorch path; a block of the N x M logits at a time).
         tail: "drop" or "sample", see above.
         num_samples: of each row's tail, at most all; 0 is tail="drop".
         seed: of the sample: an int, an int64 tensor of one element, or None: drawn from the device's default generator
@@ -81,7 +93,8 @@ def knn_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, `topk`, `num_samples` or `seed` out of range, `tail` unknown.
+        ValueError: shapes that do not fit, `topk`, `num_samples` or `seed` out of range, `metric` or `tail` unknown, or
+            distances with a scale that is not positive.
     """
     call, lead = _bind(
         query,
@@ -93,6 +106,7 @@ def knn_attention(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
+        metric=metric,
         tail=tail,
         num_samples=num_samples,
         seed=seed,
@@ -114,12 +128,14 @@ def _bind(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    metric: str = "dot",
     tail: str = "drop",
     num_samples: int = 16,
     seed: int | Tensor | None = None,
 ) -> tuple[KNNCall, tuple[int, ...]]:
     """Check the arguments and bring them to one form; also the leading dimensions that were folded into the batch."""
     check_topk(topk)
+    check_metric(metric)
     check_tail(tail, num_samples)
     check_tensors(query, key, value, enable_gqa)
     check_dropout(dropout_p)
@@ -132,9 +148,11 @@ def _bind(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     kept = share_of(topk, key.shape[2])
+    if metric == "euclidean" and not scale > 0.0:
+        raise ValueError(f"scale: {scale} makes no logit of a near key large; metric='euclidean' needs a positive one")
     given = None if seed is None else seed_tensor(seed, query.device)
     samples = num_samples if tail == "sample" else 0
-    options = (float(dropout_p), bool(is_causal), float(scale), samples, given)
+    options = (float(dropout_p), bool(is_causal), float(scale), metric, samples, given)
     return KNNCall(query, key, value, mask, kept, *options), lead
 
 

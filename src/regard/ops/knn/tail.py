@@ -85,29 +85,25 @@ def tail_samples_for(keys: int, topk: int, *, eps: float, delta: float) -> int:
     return min(math.ceil(wanted * (tail + 1) / (wanted + tail)), tail) if tail else 0
 
 
-def orders_of_rows(seed: Tensor, heads: int, rows: Tensor, keys: int) -> Tensor:
-    """(H, R, M) int64: the order in which each of these rows of a head walks the keys.
+def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int) -> Tensor:
+    """(H, last - first, M) int64: the order in which queries `first` to `last - 1` of each head walk the keys.
 
-    A counter-based draw: it depends on seed, head, row // QUERIES_PER_ORDER and key alone, so that a backward, a
+    A counter-based draw: it depends on seed, head, query // QUERIES_PER_ORDER and key alone, so that a backward, a
     recomputation or another batch draws the same. The operations are those that every device and exporter has.
 
     Args:
-        seed: int64 scalar. rows: (R,) int64, consecutive indices of queries.
+        seed: int64 scalar.
     """
-    blocks = rows // QUERIES_PER_ORDER
-    if not rows.shape[0]:
-        return rows.new_zeros((heads, 0, keys))
-    first = blocks[:1]
-    count = (rows.shape[0] - 1) // QUERIES_PER_ORDER + 2  # rows may begin within a block
+
+    def numbers(begin: int, end: int) -> Tensor:
+        return torch.arange(begin, end, device=seed.device)
+
+    begin = first // QUERIES_PER_ORDER
+    end = (last + QUERIES_PER_ORDER - 1) // QUERIES_PER_ORDER
     state = _mixed(_mixed(seed % _WORD) ^ (seed // _WORD))
-    for numbers_here in (torch.arange(heads, device=rows.device)[:, None, None], _column(first, count), None):
-        here = torch.arange(keys, device=rows.device) if numbers_here is None else numbers_here
-        state = _mixed(state ^ _mixed(here + 1))
-    return state.argsort(dim=-1).index_select(1, blocks - first)
-
-
-def _column(first: Tensor, count: int) -> Tensor:
-    return (first + torch.arange(count, device=first.device))[:, None]
+    for counter in (numbers(0, heads)[:, None, None], numbers(begin, end)[:, None], numbers(0, keys)):
+        state = _mixed(state ^ _mixed(counter + 1))
+    return state.argsort(dim=-1).index_select(1, numbers(first, last) // QUERIES_PER_ORDER - begin)
 
 
 def _mixed(x: Tensor) -> Tensor:

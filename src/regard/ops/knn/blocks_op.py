@@ -1,7 +1,8 @@
-"""The dispatcher's view of k-NN attention with a sampled tail: one node in a compiled graph, at any number of tokens.
+"""The dispatcher's view of what no kernel knows of k-NN attention, Euclidean distances and sampled tails: one node in a
+compiled graph, at any number of tokens.
 
-The seed is a tensor, so a graph draws it at run time; nothing but the inputs is saved, for the backward draws the same
-sample from the same seed.
+The seed is a tensor, so a graph draws it at run time. Nothing but the inputs is saved: the backward selects the same
+keys again and draws the same sample.
 """
 
 from typing import Any
@@ -14,18 +15,18 @@ from regard.ops._arguments import heads_last
 from regard.ops._operator import define, second_gradients
 from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.call import KNNCall
+from regard.ops.knn.op import backward_flops, forward_flops
 from regard.ops.knn.reference import knn_attention_reference
 from regard.ops.knn.streamed import attend, gradients
 
-__all__ = ["knn_attention_sampled_op"]
+__all__ = ["knn_attention_blocks_op"]
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor seed"
-_OPTIONS = "SymInt topk, SymInt num_samples, bool is_causal, float scale"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed"
+_OPTIONS = "SymInt topk, str metric, SymInt num_samples, bool is_causal, float scale"
 
 
 def _forward(*operands: Any) -> Tensor:
-    output = attend(KNNCall.of_sampled_operands(*operands))
-    return heads_last(output, tuple(output.shape)).copy_(output)
+    return attend(KNNCall.of_blocks_operands(*operands))
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -34,7 +35,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 def _backward(grad_output: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     *operands, mask_gradient = operands  # type: ignore[assignment]
-    call = KNNCall.of_sampled_operands(*operands)
+    call = KNNCall.of_blocks_operands(*operands)
     *grads, grad_mask = gradients(call, grad_output, mask_gradient)
     inputs = (call.query, call.key, call.value)
     laid = (heads_last(t, tuple(t.shape)).copy_(grad) for t, grad in zip(inputs, grads, strict=True))
@@ -56,7 +57,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     mask_gradient = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
     *grads, grad_mask = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options, mask_gradient)
-    return *grads, grad_mask if mask_gradient else None, *(None,) * 5
+    return *grads, grad_mask if mask_gradient else None, *(None,) * 6
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -72,13 +73,13 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         if ctx.mask_gradient:
             mask = mask.detach().requires_grad_()
             inputs.append(mask)
-        call = KNNCall.of_sampled_operands(inputs[1], inputs[2], inputs[3], mask, seed, *ctx.options)
+        call = KNNCall.of_blocks_operands(inputs[1], inputs[2], inputs[3], mask, seed, *ctx.options)
         second = second_gradients(knn_attention_reference(call, kept_by_threshold), inputs, grads)
-    return *second[:4], second[4] if ctx.mask_gradient else None, *(None,) * 6
+    return *second[:4], second[4] if ctx.mask_gradient else None, *(None,) * 7
 
 
 _backward_op = define(
-    "knn_attention_sampled_backward",
+    "knn_attention_blocks_backward",
     f"(Tensor grad_output, {_INPUTS}, {_OPTIONS}, bool mask_gradient) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
     compute=_backward,
@@ -86,8 +87,8 @@ _backward_op = define(
     setup=_setup_backward,
     gradient=_double_backward,
 )
-knn_attention_sampled_op = define(
-    "knn_attention_sampled",
+knn_attention_blocks_op = define(
+    "knn_attention_blocks",
     f"({_INPUTS}, {_OPTIONS}) -> Tensor",
     compute=_forward,
     fake=_fake,
@@ -96,22 +97,14 @@ knn_attention_sampled_op = define(
 )
 
 
-@register_flop_formula(torch.ops.regard.knn_attention_sampled)
-def forward_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *rest: Any, **kw: Any) -> int:
-    """This path weighs all values, those that do not count with zero."""
-    batch, heads, rows, dim = query
-    return 2 * batch * heads * rows * key[2] * (dim + value[3])
+@register_flop_formula(torch.ops.regard.knn_attention_blocks)
+def _forward_flops(query: Any, key: Any, value: Any, mask: Any, seed: Any, topk: int, *rest: Any, **kw: Any) -> int:
+    """As the kernels', with the sampled keys among the kept."""
+    return forward_flops(query, key, value, mask, topk + rest[1])
 
 
-@register_flop_formula(torch.ops.regard.knn_attention_sampled_backward)
-def backward_flops(
-    grad_output: tuple[int, ...],
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    *rest: Any,
-    **kwargs: Any,
+@register_flop_formula(torch.ops.regard.knn_attention_blocks_backward)
+def _backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, mask: Any, seed: Any, topk: int, *rest: Any, **kw: Any
 ) -> int:
-    """The logits again, then the gradients of weights, values, queries and keys."""
-    batch, heads, rows, dim = query
-    return 2 * batch * heads * rows * key[2] * (3 * dim + 2 * value[3])
+    return backward_flops(grad, query, key, value, mask, None, None, None, topk + rest[1])
