@@ -55,8 +55,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    mask_gradient = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
-    *grads, grad_mask = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options, mask_gradient)
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes them here
+    mask_gradient = saved[3] is not None and ctx.needs_input_grad[3]
+    *grads, grad_mask = _backward_op(grad_output, *saved, *ctx.options, mask_gradient)
     return *grads, grad_mask if mask_gradient else None, *(None,) * 6
 
 
