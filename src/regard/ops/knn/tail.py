@@ -100,6 +100,8 @@ def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int) -
 
     begin = first // QUERIES_PER_ORDER
     end = (last + QUERIES_PER_ORDER - 1) // QUERIES_PER_ORDER
+    if isinstance(last, torch.SymInt):  # one more than is used: whether there is but one is then no condition
+        end = end + 1
     state = _mixed(_mixed(seed % _WORD) ^ (seed // _WORD))
     for counter in (numbers(0, heads)[:, None, None], numbers(begin, end)[:, None], numbers(0, keys)):
         state = _mixed(state ^ _mixed(counter + 1))
