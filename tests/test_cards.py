@@ -11,10 +11,10 @@ import torch
 
 import regard.backbones  # noqa: F401  (registers the models whose parameters are counted)
 from regard.cards import Card, table
-from regard.mixers import mechanisms
+from regard.mixers import mechanisms, modifiers
 
 ROOT = Path(__file__).parents[1]
-CARDS = [mechanism.card for mechanism in mechanisms().values()]
+CARDS = [value.card for value in (*mechanisms().values(), *modifiers().values())]
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from regard.mixers import KNN, Dense, mechanisms, parse_mechanism
-from regard.specs import Mechanism, nearest
+from regard.mixers import KNN, Dense, Gated, mechanisms, modifiers, parse_mechanism
+from regard.specs import Composed, Mechanism, nearest
 
 
 @pytest.mark.parametrize("name", mechanisms())
@@ -106,3 +106,41 @@ def test_mechanisms_returns_a_copy():
 def test_a_label_drops_what_is_default(text, label):
     mechanism = parse_mechanism(text)
     assert mechanism.label == label and parse_mechanism(label) == mechanism
+
+
+@pytest.mark.parametrize("name", modifiers())
+def test_a_modifier_alone_is_put_around_dense_attention(name):
+    modifier = modifiers()[name]()
+    mechanism = parse_mechanism(name)
+    assert isinstance(mechanism, Composed) and mechanism == Dense() + modifier == parse_mechanism(modifier)
+    assert str(mechanism) == f"dense + {modifier}" and parse_mechanism(str(mechanism)) == mechanism
+    assert pickle.loads(pickle.dumps(mechanism)) == mechanism
+    assert mechanism.label == f"dense + {name}" and mechanism.name == f"dense + {name}"
+    assert not mechanism.converts and modifier.card.modifies
+
+
+def test_composition():
+    mechanism = KNN(topk=3) + Gated("headwise")
+    assert str(mechanism) == "knn(topk=3) + gated(kind='headwise')"
+    assert parse_mechanism("knn( topk=3 )+gated(kind='headwise')") == mechanism != KNN(topk=3)
+    with pytest.raises(ValueError, match="changes the model, not only its attention; attend with 'knn"):
+        mechanism.attend(None, None, None)
+    with pytest.raises(TypeError):
+        KNN() + 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("knn + dense", "'knn \\+ dense' adds 'dense'; only modifiers are added: .*gated"),
+        ("gated + knn", "adds 'knn'"),
+        ("knn + gated + gated", "'gated' is given twice"),
+        ("knn - gated", "cannot read"),
+        ("knn + gatd", "unknown name 'gatd' in 'knn \\+ gatd'; known: gated"),
+        ("knn + gated(kind='both')", "kind: expected one of elementwise, headwise, got 'both'"),
+        ("gated(kin='headwise')", "'gated' has no option 'kin'"),
+    ],
+)
+def test_bad_composition(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_mechanism(text)

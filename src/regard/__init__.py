@@ -25,6 +25,10 @@ _EXPORTS = {
     "Mechanism": "regard.specs",
     "parse_mechanism": "regard.mixers",
     "mechanisms": "regard.mixers",
+    "modifiers": "regard.mixers",
+    "Modifier": "regard.specs",
+    "Gated": "regard.mixers",
+    "collect_losses": "regard.losses",
     "Clustered": "regard.mixers",
     "Dense": "regard.mixers",
     "KNN": "regard.mixers",
@@ -55,17 +59,20 @@ if TYPE_CHECKING:
     from regard.conversion import converted as converted
     from regard.conversion import restore as restore
     from regard.conversion import tune as tune
+    from regard.losses import collect_losses as collect_losses
     from regard.mixers import KNN as KNN
     from regard.mixers import Clustered as Clustered
     from regard.mixers import ClusteredAttention as ClusteredAttention
     from regard.mixers import Dense as Dense
     from regard.mixers import DenseAttention as DenseAttention
+    from regard.mixers import Gated as Gated
     from regard.mixers import KNNAttention as KNNAttention
     from regard.mixers import Multipole as Multipole
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
     from regard.mixers import mechanisms as mechanisms
+    from regard.mixers import modifiers as modifiers
     from regard.mixers import parse_mechanism as parse_mechanism
     from regard.ops import BlockOrder as BlockOrder
     from regard.ops import Explanation as Explanation
@@ -81,6 +88,7 @@ if TYPE_CHECKING:
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism
+    from regard.specs import Modifier as Modifier
     from regard.studies import CompareSettings as CompareSettings
     from regard.studies import compare as compare
 

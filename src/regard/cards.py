@@ -42,6 +42,8 @@ class Card:
         adds_parameters: True if its state_dict differs from dense attention's.
         summary: one sentence: which keys, how strongly, what do they hand over.
         equation: the mechanism in LaTeX, one output row.
+        modifies: True if it is no mechanism but changes a model around one.
+        converts: True if a trained dense model can be converted to it; False if it needs weights of its own.
         query_masks: True if masks may differ between queries (and be biases, or causal); False if they only hide keys.
         variants: the published variants, and which of them this is, one paragraph each.
         claims: what the paper claims, with its figures, one paragraph each.
@@ -64,6 +66,8 @@ class Card:
     adds_parameters: bool
     summary: str
     equation: str = ""
+    modifies: bool = False
+    converts: bool = True
     query_masks: bool = True
     variants: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
@@ -81,7 +85,7 @@ class Card:
 
 # Heading of the table and what a card holds under it.
 _COLUMNS: dict[str, Callable[[Card], str]] = {
-    "name": lambda card: f"`{card.name}`",
+    "name": lambda card: f"`… + {card.name}`" if card.modifies else f"`{card.name}`",
     "mechanism": lambda card: card.title,
     "which keys, how strongly": lambda card: card.summary,
     "own definition": lambda card: "exact" if card.exact else "approximate",

@@ -1,32 +1,49 @@
 """Mechanisms as values: frozen dataclasses with one text form, the same in Python, on the command line and in JSON.
 
-`KNN(topk=0.5)` is written `knn(topk=0.5)`; `knn` alone takes the defaults. A mechanism's class stands in the file of
-its mixer (`regard/mixers/`), which registers it here.
+`KNN(topk=0.5)` is written `knn(topk=0.5)`; `knn` alone takes the defaults. What changes a model around its mechanism is
+a modifier: `KNN() + Gated()` is written `knn + gated`, and `gated` alone is `dense + gated`. A class stands in the file
+of its mixer, reduction or loss, which registers it here.
 """
 
 import ast
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from regard.cards import Card
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Mechanism", "nearest", "parse", "quiet", "register", "registered"]
+__all__ = [
+    "Composed",
+    "Mechanism",
+    "Modifier",
+    "nearest",
+    "parse",
+    "quiet",
+    "register",
+    "registered",
+    "registered_modifiers",
+]
 
-_REGISTRY: dict[str, type["Mechanism"]] = {}
+# What registers mechanisms and modifiers when it is imported; a text may name any of them.
+_ROOMS = ("regard.mixers", "regard.reduction", "regard.losses")
+_DENSE = "dense"
+_MECHANISMS: dict[str, type["Mechanism"]] = {}
+_MODIFIERS: dict[str, type["Modifier"]] = {}
 
 
 def quiet(default: Any) -> Any:
-    """A field of a mechanism that its text form leaves out while it has its default."""
+    """A field of a value that its text form leaves out while it has its default."""
     return dataclasses.field(default=default, metadata={"quiet": True})
 
 
-class Mechanism:
-    """Base of every mechanism value. Subclasses are frozen dataclasses whose fields are the mechanism's options.
+class _Value:
+    """A frozen dataclass whose fields are options, with its text form.
 
     The text form holds all options, but for those declared by `quiet` that have their default value: what a mechanism
     learns later does not change the text of what it could before.
@@ -62,6 +79,38 @@ class Mechanism:
     def __hash__(self) -> int:
         return hash(str(self))
 
+
+class Modifier(_Value):
+    """Base of the values that change a model around its mechanism: a gate, a loss, fewer tokens.
+
+    Subclasses are frozen dataclasses whose fields are the options. `mechanism + modifier` is a mechanism again.
+    """
+
+    def attn_options(self) -> dict[str, Any]:
+        """What the mixer's constructor is given: `gated=True`."""
+        return {}
+
+    def apply(self, model: "nn.Module") -> None:
+        """Change a model that was built with the mechanism, in place.
+
+        Raises:
+            ValueError: the model is none that this modifier can change; it is left as it was.
+        """
+
+
+class Mechanism(_Value):
+    """Base of every mechanism value. Subclasses are frozen dataclasses whose fields are the mechanism's options."""
+
+    @property
+    def converts(self) -> bool:
+        """True if `attend` needs no weights of its own, so that a trained dense model can be converted."""
+        return self.card.converts
+
+    def __add__(self, modifier: Modifier) -> "Composed":
+        if not isinstance(modifier, Modifier):
+            return NotImplemented
+        return Composed(self, (modifier,))
+
     def attend(
         self,
         query: "Tensor",
@@ -94,16 +143,101 @@ class Mechanism:
         """
         raise NotImplementedError
 
+    def apply(self, model: "nn.Module") -> None:
+        """Change a model that was built with `attn_layer` as its modifiers ask for, in place; once."""
 
-def register(mechanism: type[Mechanism]) -> type[Mechanism]:
-    """Class decorator: make a mechanism known by its card's name."""
-    _REGISTRY[mechanism.card.name] = mechanism
-    return mechanism
+
+@dataclass(frozen=True, eq=False)
+class Composed(Mechanism):
+    """A mechanism and what changes the model around it, `knn(topk=0.5) + gated(kind='headwise')` in text.
+
+    Args:
+        base: the mechanism.
+        modifiers: applied in this order, none twice.
+
+    Raises:
+        ValueError: a modifier is given twice.
+    """
+
+    base: Mechanism
+    modifiers: tuple[Modifier, ...]
+
+    def __post_init__(self) -> None:
+        names = [modifier.name for modifier in self.modifiers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"mechanism: {name!r} is given twice in '{self}'")
+
+    @property
+    def card(self) -> Card:  # type: ignore[override]
+        """The base's: the modifiers have cards of their own."""
+        return self.base.card
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.name for part in (self.base, *self.modifiers))
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, (self.base, *self.modifiers)))
+
+    @property
+    def label(self) -> str:
+        return " + ".join(part.label for part in (self.base, *self.modifiers))
+
+    @property
+    def converts(self) -> bool:
+        return False
+
+    def __add__(self, modifier: Modifier) -> "Composed":
+        if not isinstance(modifier, Modifier):
+            return NotImplemented
+        return Composed(self.base, (*self.modifiers, modifier))
+
+    def attend(self, query: "Tensor", key: "Tensor", value: "Tensor", **options: Any) -> "Tensor":
+        raise ValueError(
+            f"mechanism: '{self}' changes the model, not only its attention; attend with '{self.base}', or build a "
+            "model with its attn_layer and apply it"
+        )
+
+    def attn_layer(self, **options: Any) -> "type[nn.Module]":
+        asked: dict[str, Any] = {}
+        for modifier in self.modifiers:
+            asked |= modifier.attn_options()
+        return self.base.attn_layer(**{**asked, **options})
+
+    def apply(self, model: "nn.Module") -> None:
+        for modifier in self.modifiers:
+            modifier.apply(model)
+
+
+_Registered = type[Mechanism] | type[Modifier]
+_R = TypeVar("_R", bound=_Registered)
+
+
+def register(value: _R) -> _R:
+    """Class decorator: make a mechanism or a modifier known by its card's name."""
+    if issubclass(value, Modifier):
+        _MODIFIERS[value.card.name] = value
+    else:
+        _MECHANISMS[value.card.name] = value
+    return value
 
 
 def registered() -> dict[str, type[Mechanism]]:
     """The known mechanisms by name, in the order in which they were registered."""
-    return dict(_REGISTRY)
+    _import_rooms()
+    return dict(_MECHANISMS)
+
+
+def registered_modifiers() -> dict[str, type[Modifier]]:
+    """The known modifiers by name, in the order in which they were registered."""
+    _import_rooms()
+    return dict(_MODIFIERS)
+
+
+def _import_rooms() -> None:
+    for room in _ROOMS:
+        import_module(room)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -111,11 +245,12 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
 
 
-def parse(text: "str | Mechanism") -> Mechanism:
+def parse(text: str | Mechanism | Modifier) -> Mechanism:
     """Read a mechanism's text form.
 
     Args:
-        text: `knn`, `knn(topk=0.5)`, or a Mechanism, which is returned as it is.
+        text: `knn`, `knn(topk=0.5)`, `knn + gated(kind='headwise')`; `gated` alone is `dense + gated`. A Mechanism is
+            returned as it is, and a Modifier put around dense attention.
 
     Raises:
         ValueError: the text is no call with keyword literals, the name or an option is unknown (the known ones are
@@ -124,35 +259,65 @@ def parse(text: "str | Mechanism") -> Mechanism:
     """
     if isinstance(text, Mechanism):
         return text
+    if isinstance(text, Modifier):
+        return registered()[_DENSE]() + text
     if not isinstance(text, str):
         raise TypeError(f"mechanism: expected text such as 'knn(topk=0.5)' or a Mechanism, got {type(text).__name__}")
-    name, options = _split(text)
-    if name not in _REGISTRY:
-        raise ValueError(f"mechanism: unknown name {name!r} in {text!r}; known: {', '.join(nearest(name, _REGISTRY))}")
-    mechanism = _REGISTRY[name]
-    known = [f.name for f in dataclasses.fields(mechanism)]  # type: ignore[arg-type]
+    known: dict[str, _Registered] = {**registered(), **registered_modifiers()}
+    parts = [_value(node, text, known) for node in _parts(text)]
+    first = parts[0]
+    base, rest = (first, parts[1:]) if isinstance(first, Mechanism) else (registered()[_DENSE](), parts)
+    for part in rest:
+        if isinstance(part, Mechanism):
+            raise ValueError(f"mechanism: {text!r} adds {part.name!r}; only modifiers are added: {_listed(_MODIFIERS)}")
+        base = base + part
+    return base
+
+
+def _listed(names: Iterable[str], name: str = "") -> str:
+    return ", ".join(nearest(name, names)) or "none"
+
+
+def _value(node: ast.expr, text: str, known: dict[str, _Registered]) -> Mechanism | Modifier:
+    """The mechanism or modifier that one call of the text names."""
+    name, options = _call(node, text)
+    if name not in known:
+        raise ValueError(f"mechanism: unknown name {name!r} in {text!r}; known: {_listed(known, name)}")
+    fields = [f.name for f in dataclasses.fields(known[name])]  # type: ignore[arg-type]
     for option in options:
-        if option not in known:
-            allowed = ", ".join(nearest(option, known)) if known else "none"
+        if option not in fields:
+            allowed = _listed(fields, option)
             raise ValueError(f"mechanism: {name!r} has no option {option!r} in {text!r}; its options: {allowed}")
-    return mechanism(**options)
+    return known[name](**options)
 
 
-def _split(text: str) -> tuple[str, dict[str, Any]]:
-    """`knn(topk=0.5)` -> ("knn", {"topk": 0.5})."""
-    problem = f"mechanism: cannot read {text!r}; write a name with keyword options, such as 'knn(topk=0.5)'"
+def _problem(text: str) -> str:
+    return f"mechanism: cannot read {text!r}; write a name with keyword options, such as 'knn(topk=0.5)'"
+
+
+def _parts(text: str) -> list[ast.expr]:
+    """`knn(topk=0.5) + gated` -> its calls, from left to right."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise ValueError(problem) from error
+        raise ValueError(_problem(text)) from error
+    parts = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts.append(node.right)
+        node = node.left
+    return [node, *reversed(parts)]
+
+
+def _call(node: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
+    """`knn(topk=0.5)` -> ("knn", {"topk": 0.5})."""
     if isinstance(node, ast.Name):
         return node.id, {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise ValueError(problem)
+        raise ValueError(_problem(text))
     try:
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
     except ValueError as error:
-        raise ValueError(problem) from error
+        raise ValueError(_problem(text)) from error
     if len(options) != len(node.keywords):
-        raise ValueError(problem)
+        raise ValueError(_problem(text))
     return node.func.id, options

@@ -78,7 +78,7 @@ def test_an_unknown_command_is_told_the_known_ones(capsys):
 def test_list_names_every_mechanism_in_a_form_that_parses(capsys):
     assert main(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in entries] == list(regard.mechanisms())
+    assert [one["name"] for one in entries] == [*regard.mechanisms(), *regard.modifiers()]
     knn = next(one for one in entries if one["name"] == "knn")
     assert knn["arxiv"] == "2106.00515" and knn["options"] == {"topk": 0.5}
     assert main(["list"]) == 0

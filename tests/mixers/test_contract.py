@@ -12,6 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from regard.auxiliary import collect_losses
 from regard.mixers import AttentionMixer
 
 DIM, HEADS = 48, 3
@@ -30,6 +31,11 @@ ALL_OPTIONS = {
 
 def make(mechanism, **options):
     return mechanism.attn_layer()(DIM, num_heads=HEADS, **options).eval()
+
+
+def _needs_no_training(mechanism):
+    if not mechanism.converts:
+        pytest.skip("its own parameters must be trained: the value cannot attend")
 
 
 def tokens(count=16, batch=2, **options):
@@ -78,7 +84,8 @@ def test_parameters_are_dense_attentions(mechanism):
 
 def test_gradients_reach_every_parameter(mechanism):
     mixer = make(mechanism, **ALL_OPTIONS)
-    mixer(tokens()).square().sum().backward()
+    with collect_losses(mixer) as losses:
+        (mixer(tokens()).square().sum() + losses.total()).backward()
     for name, parameter in mixer.named_parameters():
         assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().sum() > 0, name
 
@@ -98,7 +105,15 @@ def test_permuted_tokens_give_permuted_outputs(mechanism):
     torch.testing.assert_close(mixer(x[:, order]), mixer(x)[:, order])
 
 
+def test_what_must_be_trained_cannot_attend(mechanism):
+    if mechanism.converts:
+        pytest.skip("it can: the tests below")
+    with pytest.raises(ValueError, match=f"{mechanism.name}.*(train|weights|parameters)"):
+        mechanism.attend(*torch.randn(3, 2, HEADS, 16, 8))
+
+
 def test_weights_are_a_distribution(mechanism):
+    _needs_no_training(mechanism)
     query, key = torch.randn(2, 2, HEADS, 16, 8).double()
     weights = mechanism.attend(query, key, torch.eye(16).double().expand(2, HEADS, 16, 16), grid_size=(4, 4))
     assert (weights >= 0).all()
@@ -152,6 +167,7 @@ def test_causal_and_mask_combine(mechanism):
 
 def test_attend_is_linear_in_value(mechanism):
     """What inspection rests on: attend(q, k, identity) are the weights, and their product with the value the output."""
+    _needs_no_training(mechanism)
     query, key, value = torch.randn(3, 2, HEADS, 16, 8).double()
     eye = torch.eye(16).double().expand(2, HEADS, 16, 16)
     options = {"grid_size": (4, 4)}
@@ -160,6 +176,7 @@ def test_attend_is_linear_in_value(mechanism):
 
 
 def test_the_value_and_the_module_agree(mechanism):
+    _needs_no_training(mechanism)
     mixer = make(mechanism)
     query, key, value = torch.randn(3, 2, HEADS, 16, 16)
     torch.testing.assert_close(

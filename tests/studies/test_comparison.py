@@ -8,7 +8,9 @@ import pytest
 from regard.results import Comparison, CostPoint, EpochRecord, TrainingRun
 from regard.studies import CompareSettings, Interrupted, SettingsError, compare, comparison
 
-ACCURACY = {"dense": 0.8, "knn(topk=0.5)": 0.79, "knn(topk=0.125)": 0.7}
+ACCURACY = {"dense": 0.8, "knn(topk=0.5)": 0.79, "knn(topk=0.125)": 0.7, "dense + gated(kind='headwise')": 0.8}
+
+MECHANISMS = tuple(ACCURACY)[:3]
 
 
 class Rooms:
@@ -55,14 +57,14 @@ def rooms(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    return CompareSettings(mechanisms=tuple(ACCURACY), out=tmp_path / "out", epochs=2, seeds=2, cost_seconds=1.0)
+    return CompareSettings(mechanisms=MECHANISMS, out=tmp_path / "out", epochs=2, seeds=2, cost_seconds=1.0)
 
 
 def quiet(settings, **options):
     return compare(settings, show_progress=False, **options)
 
 
-ORDER = [(name, seed) for seed in range(2) for name in ACCURACY]
+ORDER = [(name, seed) for seed in range(2) for name in MECHANISMS]
 
 
 def test_runs_are_interleaved_seed_by_seed(rooms, settings):
@@ -72,6 +74,12 @@ def test_runs_are_interleaved_seed_by_seed(rooms, settings):
     assert not found.interrupted and rooms.measured == 1 and len(rooms.mapped) == 3
     assert {path.name for path in settings.out.iterdir()} == {"runs", "costs.json", "compare.html", "compare.json"}
     assert Comparison.from_json((settings.out / "compare.json").read_text()) == found
+
+
+def test_what_is_no_operator_is_not_measured_as_one(rooms, settings):
+    found = quiet(settings, mechanisms=("dense", "gated(kind='headwise')"))
+    assert {point.mechanism for point in found.costs} == {"dense"} and len(found.runs) == 4
+    assert any("measured in training only: dense + gated(kind='headwise')" in note for note in found.notes)
 
 
 def test_the_same_folder_again_trains_nothing_and_measures_nothing(rooms, settings):
@@ -118,7 +126,7 @@ def test_ctrl_c_keeps_what_is_finished_and_writes_the_page(rooms, settings):
     found = stop.value.comparison
     assert isinstance(stop.value, KeyboardInterrupt)
     assert [(run.mechanism, run.seed, run.finished) for run in found.runs] == [
-        *((name, 0, True) for name in ACCURACY),
+        *((name, 0, True) for name in MECHANISMS),
         ("dense", 1, False),
     ]
     assert len(found.runs[-1].epochs) == 1 and found.interrupted and rooms.measured == 0

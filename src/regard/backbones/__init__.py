@@ -6,11 +6,17 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, kvt  # noqa: F401  (registers their models)
+from regard.backbones import clustr, kvt
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
-__all__ = ["create_model"]
+__all__ = ["FAMILIES", "create_model", "list_models"]
+
+# One file each; importing it registers its models with timm.
+FAMILIES = (
+    clustr,
+    kvt,
+)
 
 # Symbolic tracing (timm's features_only with feature_cls="fx") takes a mixer as one node: mixers look at shapes.
 register_notrace_module(AttentionMixer)
@@ -40,3 +46,8 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Modu
         likely = ", ".join(nearest(name, timm.list_models())[:_SUGGESTIONS])
         raise ValueError(f"name: unknown model {name!r}; nearest known: {likely}; timm.list_models() lists all")
     return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def list_models() -> list[str]:
+    """The names of regard's own backbones."""
+    return sorted({name.partition(".")[0] for family in FAMILIES for name in family.default_cfgs})

@@ -13,7 +13,7 @@ _FORM_WIDTH = 24
 
 @dataclass(frozen=True)
 class List:
-    """List the mechanisms with their cards.
+    """List the mechanisms, and what can be added to them, with their cards.
 
     Args:
         json: Print JSON instead of a table.
@@ -31,10 +31,10 @@ class List:
 
 
 def _entries() -> list[dict[str, Any]]:
-    from regard.mixers import mechanisms
+    from regard.mixers import mechanisms, modifiers
 
     entries = []
-    for name, mechanism in mechanisms().items():
+    for name, mechanism in {**mechanisms(), **modifiers()}.items():
         options = {
             field.name: None if field.default is dataclasses.MISSING else field.default
             for field in dataclasses.fields(mechanism)  # type: ignore[arg-type]
@@ -54,9 +54,11 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
     for one in entries:
         options = [f"{name}={value!r}" for name, value in one["options"].items()]
         form = f"{one['name']}({', '.join(options)})" if options else one["name"]
+        form = f"+ {form}" if one["modifies"] else form
         if len(form) > _FORM_WIDTH:  # one option a line: the terminal may be 80 columns wide
             form = ",\n  ".join([f"{one['name']}(\n  {options[0]}", *options[1:]]) + ")"
         table.add_row(form, f"{one['title']} ({one['venue']}, {one['arxiv']})", one["cost"], one["summary"])
     console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(table)
     console.print("The text form is what --mechanisms takes; a name alone takes the options shown.")
+    console.print("What begins with + is added to any of the others: 'knn(topk=0.5) + gated'.")

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from regard.mixers import parse_mechanism
 from regard.specs import Mechanism, nearest
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "convertible"]
 
 _SHOWN = 5
 
@@ -21,7 +21,7 @@ class Choice:
 
     Raises:
         TypeError: neither text nor a Mechanism nor a mapping, or a pattern that is no text.
-        ValueError: unknown mechanism, no pattern at all.
+        ValueError: unknown mechanism, one that cannot be converted to, no pattern at all.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class Choice:
             if not mechanism:
                 raise ValueError("mechanism: the dict of patterns is empty; give at least one, such as {'*': 'knn'}")
             _check_texts("mechanism", mechanism)
-            self.mechanisms = {p: None if m is None else parse_mechanism(m) for p, m in mechanism.items()}
+            self.mechanisms = {p: None if m is None else convertible(m) for p, m in mechanism.items()}
             self.patterns = {"mechanism": tuple(mechanism)}
         else:
-            self.mechanisms = {"*": parse_mechanism(mechanism)}
+            self.mechanisms = {"*": convertible(mechanism)}
             self.patterns = {}
         self.where: tuple[str, ...] | None = None
         if where is not None:
@@ -63,6 +63,21 @@ class Choice:
                 if not any(fnmatchcase(name, pattern) for name in known):
                     shown = ", ".join(map(repr, nearest(pattern, known)[:_SHOWN]))
                     raise ValueError(f"{argument}: no attention module is named {pattern!r}; the nearest: {shown}")
+
+
+def convertible(text: Mechanism | str) -> Mechanism:
+    """A mechanism, known to need no trained weights of its own.
+
+    Raises:
+        ValueError: it does, or a modifier is part of it; or as parse_mechanism. TypeError: as parse_mechanism.
+    """
+    mechanism = parse_mechanism(text)
+    if not mechanism.converts:
+        raise ValueError(
+            f"mechanism: '{mechanism.label}' needs trained weights of its own, or changes more than attention; build a "
+            "model with its attn_layer (and apply) instead of converting one"
+        )
+    return mechanism
 
 
 def _check_texts(argument: str, patterns: Iterable[object]) -> None:

@@ -17,12 +17,11 @@ from regard import __version__
 from regard.conversion._progress import ProgressBar, progress_bar
 from regard.conversion._snapshot import left_as_found
 from regard.conversion.api import converted, find_attention, unwrapped
-from regard.conversion.choice import Choice
+from regard.conversion.choice import Choice, convertible
 from regard.conversion.fidelity import Features, features_of, picture_fidelity
 from regard.conversion.flops import counting_flops
 from regard.conversion.recording import Found
 from regard.conversion.seam import Seam, install, remove
-from regard.mixers import parse_mechanism
 from regard.results import MeasuredSetting, PictureFidelity, Tuning, to_json, write_text
 from regard.specs import Mechanism, nearest
 
@@ -334,7 +333,7 @@ def _candidates(mechanism: Mechanism | str | Sequence[Mechanism | str]) -> list[
             "mechanism: expected a mechanism, its text or a sequence of them, such as ['knn(topk=0.25)', "
             f"'knn(topk=0.5)'], got {type(mechanism).__name__}"
         )
-    found = [parse_mechanism(one) for one in given]
+    found = [convertible(one) for one in given]
     if not found:
         raise ValueError("mechanism: no candidate given; give at least one, such as 'multipole'")
     if len(set(found)) < len(found):

@@ -3,10 +3,11 @@
 from regard.mixers._attention import AttentionMixer
 from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
+from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
-from regard.specs import Mechanism, parse, registered
+from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
 
 __all__ = [
     "KNN",
@@ -15,21 +16,28 @@ __all__ = [
     "ClusteredAttention",
     "Dense",
     "DenseAttention",
+    "Gated",
     "KNNAttention",
     "Multipole",
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
     "mechanisms",
+    "modifiers",
     "parse_mechanism",
 ]
 
 
-def parse_mechanism(text: str | Mechanism) -> Mechanism:
-    """Read a mechanism's text form, `knn(topk=0.5)`; a Mechanism is returned as it is. See regard.specs.parse."""
+def parse_mechanism(text: str | Mechanism | Modifier) -> Mechanism:
+    """Read a text form, `knn(topk=0.5) + gated`; a Mechanism is returned as it is. See regard.specs.parse."""
     return parse(text)
 
 
 def mechanisms() -> dict[str, type[Mechanism]]:
     """All mechanisms by name."""
     return registered()
+
+
+def modifiers() -> dict[str, type[Modifier]]:
+    """All modifiers by name: what changes a model around its mechanism, `knn + gated` in text."""
+    return registered_modifiers()

@@ -10,9 +10,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from regard.auxiliary import Reporter
 from regard.specs import nearest
 
-__all__ = ["AttentionMixer", "resolve_grid"]
+__all__ = ["GATES", "AttentionMixer", "check_gated", "resolve_grid"]
+
+GATES = ("elementwise", "headwise")
 
 # Value columns read in one call of the mechanism; kernels take head dims of 8 to 256.
 _WIDEST, _NARROWEST = 256, 8
@@ -54,6 +57,18 @@ def resolve_grid(tokens: int, num_prefix_tokens: int, grid_size: Sequence[int] |
             f"of which {num_prefix_tokens} are prefix tokens"
         )
     return grid
+
+
+def check_gated(gated: bool | str) -> None:
+    """Raise unless `gated` is a bool or one of GATES.
+
+    Raises:
+        ValueError: another text. TypeError: neither bool nor text.
+    """
+    if not isinstance(gated, bool | str):
+        raise TypeError(f"gated: expected a bool or one of {', '.join(GATES)}, got {type(gated).__name__}")
+    if isinstance(gated, str) and gated not in GATES:
+        raise ValueError(f"gated: expected a bool or one of {', '.join(GATES)}, got {gated!r}")
 
 
 class _Bound(type):
@@ -98,7 +113,7 @@ def _option_names(mixer: "type[AttentionMixer]") -> set[str]:
     }
 
 
-class AttentionMixer(nn.Module):
+class AttentionMixer(Reporter, nn.Module):
     """Multi-head self-attention whose mechanism a subclass supplies in `attend` (or, between other tokens, in `mix`).
 
     Parameters are named as in timm's `Attention` (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`), so weights of
@@ -112,7 +127,8 @@ class AttentionMixer(nn.Module):
         qkv_bias, proj_bias: biases of the projections.
         qk_norm: normalise queries and keys over D with norm_layer.
         scale_norm: normalise the joined heads with norm_layer before the projection.
-        gated: multiply the joined heads by sigmoid(gate(x)).
+        gated: multiply the joined heads by sigmoid(gate(x)), as in gated attention (arXiv 2505.06708): 'elementwise'
+            (or True, as timm has it) with one gate a channel, 'headwise' with one a head.
         attn_drop, proj_drop: dropout of the attention weights and of the output.
         norm_layer: makes a norm of a number of channels.
         device, dtype: of the parameters.
@@ -120,7 +136,8 @@ class AttentionMixer(nn.Module):
 
     Raises:
         ValueError: dim, num_heads, attn_head_dim, dim_out or num_prefix_tokens is out of range, dim is no multiple of
-            num_heads, or a norm is asked for without norm_layer.
+            num_heads, a norm is asked for without norm_layer, or gated is an unknown kind.
+        TypeError: gated is neither bool nor text.
     """
 
     # True if `attend` reads the grid; it is then always given one.
@@ -136,7 +153,7 @@ class AttentionMixer(nn.Module):
         qk_norm: bool = False,
         scale_norm: bool = False,
         proj_bias: bool = True,
-        gated: bool = False,
+        gated: bool | str = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] | None = None,
@@ -156,6 +173,7 @@ class AttentionMixer(nn.Module):
             raise ValueError(f"num_heads: dim {dim} is no multiple of {num_heads} heads; pass attn_head_dim")
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("norm_layer: qk_norm and scale_norm need one, such as torch.nn.LayerNorm; got None")
+        check_gated(gated)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         head_dim = attn_head_dim or dim // num_heads
         self.dim = dim
@@ -169,7 +187,8 @@ class AttentionMixer(nn.Module):
         self.k_norm = norm_layer(head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.norm = norm_layer(self.attn_dim, **factory) if scale_norm and norm_layer else nn.Identity()
-        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory) if gated else None
+        gates = num_heads if gated == "headwise" else self.attn_dim
+        self.gate = nn.Linear(dim, gates, bias=qkv_bias, **factory) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -277,7 +296,7 @@ class AttentionMixer(nn.Module):
         mixed = self.mix(x, attn_mask, is_causal, grid_size)
         mixed = self.norm(mixed.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
         if gate is not None:
-            mixed = mixed * gate
+            mixed = (mixed.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(2)
         return self.proj_drop(self.proj(mixed))
 
     def _grid(self, x: Tensor, grid_size: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -244,10 +244,15 @@ def _note_other_machine(job: _Job, stored: Environment) -> None:
 def _measure(job: _Job, progress: CompareProgress) -> None:
     """The operators' cost, measured or found, and where they overtake dense attention."""
     settings, comparison = job.settings, job.comparison
-    if settings.cost_seconds == 0:
+    mechanisms = [one for one in job.mechanisms if one.converts]
+    if settings.cost_seconds == 0 or not mechanisms:
         return
+    if others := [one.label for one in job.mechanisms if not one.converts]:
+        comparison.notes.append(
+            f"No operator on given queries, keys and values, so measured in training only: {', '.join(others)}."
+        )
     asked = {
-        "mechanisms": [str(one) for one in job.mechanisms],
+        "mechanisms": [str(one) for one in mechanisms],
         "cost_seconds": settings.cost_seconds,
         "environment": {**dataclasses.asdict(job.environment), "date": ""},
     }
@@ -255,7 +260,7 @@ def _measure(job: _Job, progress: CompareProgress) -> None:
     if costs is None:
         progress.start_part("operators")
         costs = measure_costs(
-            job.mechanisms,
+            mechanisms,
             device=settings.device,
             budget_seconds=settings.cost_seconds,
             on_progress=lambda done, total, what: progress.advance_part(done / total, what),

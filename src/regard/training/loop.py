@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
+from regard.auxiliary import collect_losses
 from regard.conversion.flops import counting_flops
 from regard.data import ImageData
 from regard.results import EpochRecord, TrainingRun
@@ -102,13 +103,17 @@ def _run(
             chosen = permutation[start : start + recipe.batch_size]
             schedule.step_update(step)
             inputs = _augment(data.train_images[chosen], recipe, order)
-            logits = net(data.normalise(inputs).to(device))
-            loss = F.cross_entropy(logits, data.train_labels[chosen].to(device), label_smoothing=recipe.label_smoothing)
-            value = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{run.mechanism}, seed {run.seed}: the loss became {value} in epoch {epoch}")
-            optimizer.zero_grad()
-            loss.backward()
+            labels = data.train_labels[chosen].to(device)
+            with collect_losses(net) as own:  # such as a router's balance
+                logits = net(data.normalise(inputs).to(device))
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) + own.total()
+                value = float(loss.detach())
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"{run.mechanism}, seed {run.seed}: the loss became {value} in epoch {epoch}"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
             optimizer.step()
             step, total = step + 1, total + value * len(chosen)
             if on_step is not None:

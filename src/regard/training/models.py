@@ -43,7 +43,7 @@ class ConvStem(nn.Module):
 
 
 def build_model(model: str, mechanism: Mechanism, data: ImageData) -> nn.Module:
-    """A model with the mechanism in every block, for the images and classes of `data`.
+    """A model with the mechanism in every block and its modifiers applied, for the images and classes of `data`.
 
     Args:
         model: `vit` (64 channels, 2 blocks, 2 heads, convolutional stem, about 9 x 9 tokens, no class token,
@@ -61,9 +61,11 @@ def build_model(model: str, mechanism: Mechanism, data: ImageData) -> nn.Module:
     }
     if model in _SMALL:
         patch = max(1, math.floor(size / _GRID))
-        return VisionTransformer(
+        small = VisionTransformer(
             patch_size=patch, class_token=False, global_pool="avg", embed_layer=ConvStem, **common, **_SMALL[model]
         )
+        mechanism.apply(small)
+        return small
     if not timm.is_model(model):
         raise ValueError(
             f"model: unknown name {model!r}; allowed are {', '.join(_SMALL)}, or a vision transformer of timm"
@@ -77,4 +79,5 @@ def build_model(model: str, mechanism: Mechanism, data: ImageData) -> nn.Module:
     for module in made.modules():
         if isinstance(module, AttentionMixer):  # timm does not tell them of its class and register tokens
             module.num_prefix_tokens = getattr(made, "num_prefix_tokens", 0)
+    mechanism.apply(made)
     return made
