@@ -160,7 +160,7 @@ def test_runs_on_the_pytorch_path_and_says_why() -> None:
     tensors = inputs(Shape(), exact=False)
     found = regard.explain(knn_attention, *tensors, topk=3, metric="euclidean")
     assert found.backend == "pytorch" and dict(found.refusals).keys() == {"cpu", "triton"}
-    assert all("metric='euclidean'" in reason for _, reason in found.refusals)
+    assert "metric='euclidean'" in dict(found.refusals)["cpu"]
     tells_the_slow_path_once(lambda *t: knn_attention(*t, topk=3, metric="euclidean"), tensors, "nearest in Euclidean")
 
 

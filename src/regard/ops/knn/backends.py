@@ -33,7 +33,7 @@ class GPUBackend(TritonBackend):
     """TritonBackend, but for what its kernels do not know."""
 
     def supports(self, call: KNNCall) -> Refusal | None:  # type: ignore[override]
-        return _refusal_of_options(call) or super().supports(call)
+        return super().supports(call) or _refusal_of_options(call)
 
 
 class PyTorchBackend:
