@@ -64,6 +64,10 @@ def _knn_euclidean(*operands: Any) -> Tensor:
     return _heads_last(knn_attention_reference(euclidean_call(*operands), _kept))
 
 
+def _knn_blocks(*operands: Any) -> Tensor:
+    return _heads_last(knn_attention_reference(KNNCall.of_blocks_operands(*operands), _kept))
+
+
 def _multipole(*operands: Any) -> Tensor:
     return _heads_last(multipole_attention_reference(MultipoleCall(*operands), _kept))
 
@@ -149,6 +153,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
     _OPS.knn_lists.default: _knn_lists,
     _OPS.knn_attention_euclidean.default: _knn_euclidean,
+    _OPS.knn_attention_blocks.default: _knn_blocks,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
     _OPS.neighborhood_attention.default: _neighborhood,
