@@ -25,6 +25,7 @@ TRAINED = {
     "knn": "knn(topk=0.125)",
     "bilevel": "bilevel(num_regions=3, topk=3)",
     "proxy": "proxy(gamma=0.9, block_size=9, stride=1, min_tokens=9)",
+    "sparsifiner": "sparsifiner(basis_grid=(9, 9))",
     "neighborhood": "neighborhood(kernel_size=5)",
 }
 # Other forms of the same mechanisms.
