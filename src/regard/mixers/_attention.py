@@ -144,6 +144,9 @@ class AttentionMixer(Reporter, nn.Module):
 
     # True if `attend` reads the grid; it is then always given one.
     needs_grid: ClassVar[bool] = False
+    # True if each row of weights is softmax over those of its logits q.k * scale that `kept_keys` picks, q and k being
+    # what q_norm and k_norm return.
+    row_wise: bool = False
 
     def __init__(
         self,
@@ -232,6 +235,13 @@ class AttentionMixer(Reporter, nn.Module):
         `needs_grid` or the caller gave it; dropout of the weights is `self.dropout_p`.
         """
         raise NotImplementedError
+
+    def kept_keys(self, logits: Tensor) -> Tensor | None:
+        """(B, H, n, M) logits of some queries, hidden keys -inf -> which keys each keeps, boolean; None: all others.
+
+        Asked of `row_wise` mechanisms only, by what looks at some rows of weights at a time.
+        """
+        return None
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> queries, keys and values, (B, H, N, D) each, normed as asked for."""
