@@ -156,7 +156,7 @@ class SoViT(SinusoidalViT):
         self.head = self._classifier(self.embed_dim)
         self.head_second_order = self._classifier(self.second_order.out_features)
 
-    def _classifier(self, width: int) -> nn.Module:
+    def _classifier(self, width: int) -> nn.Linear | nn.Identity:
         if self.num_classes == 0:
             return nn.Identity()
         like = self.second_order.start
