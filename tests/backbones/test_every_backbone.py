@@ -11,18 +11,17 @@ from torch import nn
 
 from regard import backbones
 from regard.backbones import create_model
-from regard.backbones.cvt import Architecture
 
 # family (a module of regard.backbones) -> its smallest model, and options with which it takes 64 pixels and others
 SMALLEST = {
     "biformer": ("biformer_tiny", {"architecture": backbones.biformer.Architecture((1, 1, 2, 1))}),
     "clustr": ("clustr_b1", {}),
+    "cvt": ("cvt_13", {"architecture": backbones.cvt.Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
     "evit": ("evit_deit_small", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
     "fan": ("tap_fan_hybrid_tiny", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
-    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
-    "cvt": ("cvt_13", {"architecture": Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
     "so_vit": ("so_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
     "t2t_vit": ("t2t_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
 }
 COUNT = 10
