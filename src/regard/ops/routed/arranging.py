@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from regard.ops._dispatch import functorch_active
 from regard.ops._operator import define
 from regard.ops.routed.order import BlockOrder
 
@@ -18,12 +19,12 @@ __all__ = ["from_blocks", "to_blocks"]
 
 def to_blocks(tokens: Tensor, order: BlockOrder) -> Tensor:
     """(..., N, D) in the grid's order -> (..., blocks * block_tokens, D), block after block; padding is zero."""
-    return _to_blocks(tokens, *_described(order))
+    return order.arrange(tokens) if functorch_active() else _to_blocks(tokens, *_described(order))
 
 
 def from_blocks(tokens: Tensor, order: BlockOrder) -> Tensor:
     """The inverse of to_blocks, without the padding."""
-    return _from_blocks(tokens, *_described(order))
+    return order.restore(tokens) if functorch_active() else _from_blocks(tokens, *_described(order))
 
 
 def _described(order: BlockOrder) -> list[list[int]]:
