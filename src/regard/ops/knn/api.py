@@ -50,7 +50,7 @@ def knn_attention(
     enable_gqa: bool = False,
     metric: str = "dot",
     tail: str = "drop",
-    num_samples: int = 16,
+    num_samples: int = 64,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Attention in which each query keeps its `topk` largest logits (KVT, arXiv 2106.00515, the "fast version").
@@ -130,7 +130,7 @@ def _bind(
     enable_gqa: bool = False,
     metric: str = "dot",
     tail: str = "drop",
-    num_samples: int = 16,
+    num_samples: int = 64,
     seed: int | Tensor | None = None,
 ) -> tuple[KNNCall, tuple[int, ...]]:
     """Check the arguments and bring them to one form; also the leading dimensions that were folded into the batch."""
