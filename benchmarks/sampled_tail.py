@@ -90,7 +90,7 @@ def findings(call: AttentionCall, settings: Settings) -> Iterator[tuple[str, lis
         for count in settings.num_samples:
             mechanism = KNN(topk=topk, tail="sample", num_samples=count)
             yield (
-                mechanism.label,
+                f"knn(topk={topk}, tail='sample', num_samples={count})",
                 [
                     judged(
                         knn_attention(query, key, value, topk=topk, tail="sample", num_samples=count, seed=seed),

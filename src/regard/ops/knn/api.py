@@ -67,7 +67,7 @@ def knn_attention(
     stand for all of them. Numerator and denominator of the softmax are unbiased, and their variance falls as
     1 / num_samples; with samples for the whole tail the result is dense attention. In one draw a small sample may be
     farther from dense attention than no tail at all. The paper's condition for a denominator within a factor 1 +- eps,
-    with probability 1 - delta, is topk^2 num_samples >= 8 M^2 eps^-2 log(4 / delta); see tail_samples_for.
+    with probability 1 - delta, is topk^2 num_samples >= 8 M^2 eps^-2 log(4 / delta); see regard.ops.tail_samples_for.
     The sample depends on seed, head, query and key alone, so the backward draws it again: all images of a batch share
     it, and 64 neighbouring queries walk the keys in one order. It runs in PyTorch, on blocks of queries, and holds no
     N x M matrix unless there is dropout.

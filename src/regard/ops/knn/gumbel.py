@@ -1,8 +1,8 @@
 """Keys drawn from attention's own distribution by lazy Gumbel sampling, and gradients estimated from such draws.
 
 kNN Attention Demystified (arXiv 2411.04013) reads an output as an expectation over a key drawn from a row's softmax,
-and its gradients likewise. Eager PyTorch, to compute with and to learn from: the k largest logits are found among all, where
-the paper assumes an index that finds them in less.
+and its gradients likewise. Eager PyTorch, to compute with and to learn from: the k largest logits are found among all,
+where the paper assumes an index that finds them in less.
 """
 
 import torch
