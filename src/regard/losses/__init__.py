@@ -3,5 +3,14 @@
 from regard.auxiliary import Losses, collect_losses
 from regard.losses.adl import ADL
 from regard.losses.diversification import attention_diversification, attention_diversification_of
+from regard.losses.sparsifiner import Outputs, SparsifinerLoss
 
-__all__ = ["ADL", "Losses", "attention_diversification", "attention_diversification_of", "collect_losses"]
+__all__ = [
+    "ADL",
+    "Losses",
+    "Outputs",
+    "SparsifinerLoss",
+    "attention_diversification",
+    "attention_diversification_of",
+    "collect_losses",
+]
