@@ -3,18 +3,25 @@
     python tools/docs.py            writes docs/mechanisms.md, docs/mechanisms/<name>.md and the table in README.md
     python tools/docs.py --check    writes nothing; names the files that are not up to date and fails if there are any
 
-A page is the card, followed by hand-written notes from docs/notes/<name>.md where there are any.
+A page is the card, what docs/mechanisms_measured.json holds of it with its picture (benchmarks/mechanisms.py writes
+them), and the hand-written notes from docs/notes/<name>.md.
 """
 
 import argparse
 import dataclasses
+import inspect
+import statistics
 import sys
+import textwrap
 from pathlib import Path
 
+from timm.models import model_entrypoint
+
+from regard.backbones import FAMILIES
 from regard.cards import Card, table
 from regard.markdown import markdown_table
 from regard.mixers import mechanisms, modifiers
-from regard.results import write_text
+from regard.results import MechanismResult, MechanismStudy, write_text
 from regard.specs import Mechanism, Modifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,19 +39,58 @@ def documents(root: Path) -> dict[Path, str]:
     """
     known = {**mechanisms(), **modifiers()}
     cards = [mechanism.card for mechanism in known.values()]
-    wanted = {root / "docs" / "mechanisms.md": overview(cards)}
+    study = measured(root)
+    found = study.by_name() if study else {}
+    wanted = {root / "docs" / "mechanisms.md": overview(cards, study), root / "docs" / "backbones.md": backbones()}
     for name, mechanism in known.items():
         notes = root / "docs" / "notes" / f"{name}.md"
         text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
-        wanted[root / "docs" / "mechanisms" / f"{name}.md"] = page(mechanism, text)
+        parts = [text]
+        if study and name in found:
+            parts = [beside_dense(found[name], study, picture=picture(root, name)), text]
+        wanted[root / "docs" / "mechanisms" / f"{name}.md"] = page(mechanism, *filter(None, parts))
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms"))
+        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms", short=True))
     return wanted
 
 
-def overview(cards: list[Card]) -> str:
+def measured(root: Path) -> MechanismStudy | None:
+    """What benchmarks/mechanisms.py found; None before its first run."""
+    path = root / "docs" / "mechanisms_measured.json"
+    return MechanismStudy.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def picture(root: Path, name: str) -> str:
+    """The address of a mechanism's picture from its page; empty if there is none."""
+    return (
+        f"../images/mechanisms/{name}.png" if (root / "docs" / "images" / "mechanisms" / f"{name}.png").exists() else ""
+    )
+
+
+def backbones() -> str:
+    """docs/backbones.md: every family with its models, as their own docstrings tell."""
+    parts = [
+        NOTICE.replace("mechanism's card", "models' docstrings").replace("src/regard/mixers", "src/regard/backbones"),
+        "# Backbones",
+        "Models that timm lacks, registered with it: `regard.create_model(name)`, or `timm.create_model(name)` after "
+        "`import regard.backbones`. Each has what timm expects of a model (classifier, features, intermediate outputs, "
+        "checkpointing, layer groups, any image size), reads the official checkpoint format, and equals the official "
+        "code on the same weights where that could be run ([mechanisms](mechanisms.md) tell which).",
+    ]
+    for family in FAMILIES:
+        names = sorted({name.partition(".")[0] for name in family.default_cfgs})
+        rows = [[f"`{name}`", _first_line(model_entrypoint(name))] for name in names]
+        parts += [f"## {_first_line(family).rstrip('.')}", markdown_table(["name", "model"], rows).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0].strip()
+
+
+def overview(cards: list[Card], study: MechanismStudy | None) -> str:
     """docs/mechanisms.md."""
     return f"""{NOTICE}
 
@@ -56,10 +102,125 @@ defaults. What changes a model around its mechanism is added: `knn + gated`; alo
 
 {table(cards, pages="mechanisms")}
 *Exact* and *approximate* are judged against the mechanism's own definition, not against dense attention.
+{evidence_table(cards, study) if study else ""}"""
+
+
+def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
+    """What is held and was measured of each, and of compositions."""
+    found = study.by_name()
+    rows = []
+    for card in cards:
+        parity = card.evidence.parity or ("no official code" if not card.official else "none held")
+        cells = _cells(found[card.name], study) if card.name in found else [""] * 4
+        rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
+    labels = {one.mechanism: one.label for one in study.results}
+    shown = {one.mechanism for one in found.values()}
+    for one in study.results:
+        if not one.best_part and one.mechanism not in shown:
+            rows.append([f"`{one.label}`", *_cells(one, study), ""])
+    compositions = [
+        [
+            f"`{one.label}`",
+            *_cells(one, study)[1:],
+            f"`{labels[one.best_part]}`",
+            _points(one.gain, one.gain_half_width),
+        ]
+        for one in study.results
+        if one.best_part
+    ]
+    largest = max(study.settings["tokens"])
+    heading = ["growth", f"speed at {largest:,} tokens", "accuracy", "against dense"]
+    text = f"""
+## What is held and measured of each
+
+{markdown_table(["name", *heading, "parity"], rows)}
+{_explained(study)}
 """
+    if compositions:
+        text += f"""
+## Compositions
+
+What no paper has, beside its parts under the same recipe and seeds: the mechanism alone, and each modifier around
+dense attention. *Gain*: the paired difference in points from the part that did best.
+
+{markdown_table(["composition", *heading[1:], "best part", "gain"], compositions)}"""
+    return text
 
 
-def page(mechanism: type[Mechanism] | type[Modifier], notes: str) -> str:
+def _explained(study: MechanismStudy) -> str:
+    settings, place = study.settings, study.environment
+    sizes = sorted(settings["tokens"])
+    text = (
+        f"*Growth*: the exponent of the forward's time over tokens, {sizes[-2]:,} to {sizes[-1]:,}, of one layer "
+        f"({settings['dim']} channels, {settings['heads']} heads, projections included). *Speed*: dense time over this "
+        "one's, forward; forward + backward: medians of interleaved rounds with their quartiles, of a layer, or of a "
+        f"model of {settings['depth']} blocks where more than the layer changes. Above 1 is faster. *Accuracy*: "
+        f"{settings['epochs']} epochs of the `{settings['model']}` model on the {settings['data']} images (81 tokens: "
+        f"too few for most of these to be faster), mean and deviation of {settings['seeds']} seeds; then the paired "
+        f"difference in points with its 95 % t-interval. {place.machine}, {place.threads} threads, "
+        f"torch {place.torch}, regard {place.commit}, {place.date[:10]}; `{study.command}` makes all of this anew."
+    )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _cells(one: MechanismResult, study: MechanismStudy) -> list[str]:
+    """Growth, speed at the largest size, accuracy, difference."""
+    return [
+        f"N^{one.growth:.2f}" if one.growth is not None else "",
+        "; ".join(_speed(one, max(study.settings["tokens"]))),
+        _accuracy(one),
+        _points(one.difference, one.half_width),
+    ]
+
+
+def _speed(one: MechanismResult, tokens: int) -> list[str]:
+    return [
+        f"{time.ratio:.2f}x ({time.ratio_low:.2f}-{time.ratio_high:.2f})" for time in one.times if time.tokens == tokens
+    ]
+
+
+def _accuracy(one: MechanismResult) -> str:
+    if not one.accuracies:
+        return "not trained"
+    mean = f"{100 * statistics.fmean(one.accuracies):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(one.accuracies):.1f} %" if len(one.accuracies) > 1 else f"{mean} %"
+
+
+def _points(difference: float | None, half_width: float | None) -> str:
+    """A paired difference in points with its 95 % t-interval."""
+    if difference is None:
+        return ""
+    half = f" ± {100 * half_width:.1f}" if half_width is not None else ""
+    shown = half_width is not None and abs(difference) > half_width
+    return f"{100 * difference:+.1f}{half}" + ("" if shown else ", none shown")
+
+
+def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -> str:
+    """A page's section of what benchmarks/mechanisms.py found."""
+    dense = study.by_name()["dense"]
+    lines = ["## Beside dense attention"]
+    if picture:
+        lines += [
+            f"![Three images with a query token, and the weights with which it looks at the others]({picture})",
+            "Last layer of the model trained below, mean over its heads; the frame is the query. Brighter is heavier, "
+            "on one scale a row. Drawn by `benchmarks/mechanisms.py`.",
+        ]
+    trained = f"`{one.label}`, trained: {_accuracy(one)}"
+    if one.difference is not None:
+        points = _points(one.difference, one.half_width)
+        trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
+    lines += [
+        f"{trained}. The model has {one.parameters:,} parameters and {one.flops / 1e6:.1f} MFLOPs (dense "
+        f"{dense.parameters:,} and {dense.flops / 1e6:.1f})."
+    ]
+    rows = [[f"{size:,}", *_speed(one, size)] for size in study.settings["tokens"]]
+    if one.name != "dense":
+        lines += [markdown_table(["tokens", "forward", "forward + backward"], rows).rstrip()]
+        lines += [f"Times faster than dense attention; growth N^{one.growth:.2f}." if one.growth else "Times faster."]
+    return "\n\n".join([*lines, "How it was measured: [mechanisms](../mechanisms.md)."])
+
+
+def page(mechanism: type[Mechanism] | type[Modifier], *sections: str) -> str:
     """docs/mechanisms/<name>.md."""
     card = mechanism.card
     source = f"{card.authors}, *{card.paper}*, {card.venue}"
@@ -76,7 +237,7 @@ def page(mechanism: type[Mechanism] | type[Modifier], notes: str) -> str:
         if items:
             parts += [f"## {heading}", _list(items)]
     parts += _evidence(card)
-    return "\n\n".join([*parts, *([notes] if notes else [])]) + "\n"
+    return "\n\n".join([*parts, *sections]) + "\n"
 
 
 def _facts(mechanism: type[Mechanism] | type[Modifier]) -> str:

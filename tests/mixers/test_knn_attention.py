@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.mixers import DenseAttention, KNNAttention
+from regard.mixers import KNN, DenseAttention, KNNAttention, parse_mechanism
 
 DIM, HEADS, TOKENS = 48, 3, 20
 
@@ -74,3 +74,54 @@ def test_unknown_argument():
 
 def test_repr_tells_topk():
     assert "topk=0.25" in repr(KNNAttention(DIM, topk=0.25))
+
+
+def test_the_nearest_keys_by_name():
+    """The option goes from the text form to the operator; the fast version's text is what it was."""
+    assert str(KNN(topk=3)) == "knn(topk=3)"
+    text = "knn(topk=3, metric='euclidean')"
+    mechanism = parse_mechanism(text)
+    assert str(mechanism) == text and mechanism != KNN(topk=3)
+    dense, knn, x = pair(3)
+    torch.manual_seed(0)
+    nearest = mechanism.attn_layer()(DIM, HEADS).double().eval()
+    nearest.load_state_dict(dense.state_dict())
+    assert "metric='euclidean'" in repr(nearest) and not torch.allclose(nearest(x), knn(x))
+    with pytest.raises(ValueError, match="metric"):
+        KNNAttention(DIM, HEADS, metric="manhattan")
+    with pytest.raises(ValueError, match="metric"):
+        KNN(metric="manhattan")
+
+
+def test_a_sampled_tail_is_drawn_anew_in_training_only():
+    torch.manual_seed(0)
+    mixer, x = KNNAttention(DIM, HEADS, topk=3, tail="sample", num_samples=2), torch.randn(2, TOKENS, DIM)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(mixer(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.allclose(draws[0], draws[2])
+    mixer.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(mixer(x), mixer(x)) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tail_sampled_whole_is_dense():
+    dense, knn, x = pair(3)
+    knn.tail, knn.num_samples = "sample", TOKENS
+    torch.testing.assert_close(knn(x), dense(x))
+
+
+def test_text_keeps_its_form_where_the_tail_is_dropped():
+    assert str(KNN(topk=0.25)) == "knn(topk=0.25)"
+    assert str(KNN(topk=0.25, tail="sample", num_samples=32)) == "knn(topk=0.25, tail='sample', num_samples=32)"
+    assert KNN(topk=3, tail="sample").label == "knn(topk=3, tail='sample')"
+    with pytest.raises(ValueError, match="tail"):
+        KNN(tail="cut")
+    with pytest.raises(TypeError, match="num_samples"):
+        KNNAttention(DIM, HEADS, num_samples=0.5)
+
+
+def test_repr_tells_the_tail():
+    assert "tail='sample', num_samples=4" in repr(KNNAttention(DIM, tail="sample", num_samples=4))
+    assert "tail" not in repr(KNNAttention(DIM))

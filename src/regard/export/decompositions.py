@@ -17,12 +17,16 @@ from regard.ops._selection import kept_above_kth, raised
 from regard.ops.clustering.kmeans import assign_at_once, lloyd, spread_over_grid, start_tokens
 from regard.ops.clustering.reference import density_peaks_reference
 from regard.ops.knn.call import KNNCall
+from regard.ops.knn.euclidean import euclidean_call
+from regard.ops.knn.lists import knn_lists_reference
 from regard.ops.knn.reference import knn_attention_reference
 from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
+from regard.ops.routed import BlockOrder
 from regard.ops.routed.call import RoutedCall
+from regard.ops.routed.proxies import ProxyCall, proxy_lists
 from regard.ops.routed.reference import attend_blocks, key_blocks
 
 __all__ = ["DECOMPOSITIONS", "decomposed", "operators_left"]
@@ -52,6 +56,18 @@ def _knn(
     return output, state, state.clone(), query.new_zeros(query.shape[:-1], dtype=torch.int32)
 
 
+def _knn_lists(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> Tensor:
+    return knn_lists_reference(query, key, visible, topk, kept=_kept)
+
+
+def _knn_euclidean(*operands: Any) -> Tensor:
+    return _heads_last(knn_attention_reference(euclidean_call(*operands), _kept))
+
+
+def _knn_blocks(*operands: Any) -> Tensor:
+    return _heads_last(knn_attention_reference(KNNCall.of_blocks_operands(*operands), _kept))
+
+
 def _multipole(*operands: Any) -> Tensor:
     return _heads_last(multipole_attention_reference(MultipoleCall(*operands), _kept))
 
@@ -66,6 +82,18 @@ def _routed(*operands: Any) -> Tensor:
     # Not a slice, whose strides would depend on whether the last block is whole.
     tokens = torch.arange(call.query.shape[2], device=output.device)
     return _heads_last(output.index_select(2, tokens).to(call.query.dtype))
+
+
+def _proxy_blocks(*operands: Any) -> Tensor:
+    return proxy_lists(ProxyCall(*operands))
+
+
+def _to_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
+    return BlockOrder(*map(tuple, order)).arrange(tokens).contiguous()
+
+
+def _from_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
+    return BlockOrder(*map(tuple, order)).restore(tokens).contiguous()
 
 
 def _kmeans(
@@ -123,12 +151,18 @@ def _any_unknown(*sizes: int) -> bool:
 _OPS = torch.ops.regard
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
+    _OPS.knn_lists.default: _knn_lists,
+    _OPS.knn_attention_euclidean.default: _knn_euclidean,
+    _OPS.knn_attention_blocks.default: _knn_blocks,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
     _OPS.neighborhood_attention.default: _neighborhood,
     _OPS.neighborhood_attention_blocks.default: _neighborhood,
     _OPS.routed_attention.default: _routed,
     _OPS.routed_attention_gathered.default: _routed,
+    _OPS.proxy_blocks.default: _proxy_blocks,
+    _OPS.to_blocks.default: _to_blocks,
+    _OPS.from_blocks.default: _from_blocks,
     _OPS.kmeans.default: _kmeans,
     _OPS.density_peak_clusters.default: _density_peaks,
 }

@@ -8,10 +8,14 @@ from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
+from regard.mixers.proxy import Proxy, ProxyAttention
+from regard.mixers.sparsifiner import Sparsifiner, SparsifinerAttention
+from regard.mixers.tap import TAP, TokenAwarePooling
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
 
 __all__ = [
     "KNN",
+    "TAP",
     "AttentionMixer",
     "BiLevel",
     "BiLevelRoutingAttention",
@@ -25,6 +29,11 @@ __all__ = [
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
+    "Sparsifiner",
+    "SparsifinerAttention",
+    "TokenAwarePooling",
+    "Proxy",
+    "ProxyAttention",
     "mechanisms",
     "modifiers",
     "parse_mechanism",

@@ -2,7 +2,7 @@
 
 from regard.ops._dispatch import Backend, Explanation, Refusal, SlowPathWarning, explain, only_backend
 from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_clusters, merge_tokens
-from regard.ops.knn import knn_attention
+from regard.ops.knn import knn_attention, tail_samples_for
 from regard.ops.multipole import multipole_attention
 from regard.ops.neighborhood import neighborhood_attention
 from regard.ops.routed import BlockOrder, routed_attention
@@ -23,4 +23,5 @@ __all__ = [
     "neighborhood_attention",
     "only_backend",
     "routed_attention",
+    "tail_samples_for",
 ]

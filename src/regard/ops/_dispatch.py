@@ -45,9 +45,15 @@ class SlowPathWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend does not take a call, and what would make it."""
+    """Why a backend does not take a call, and what would make it.
+
+    Args:
+        reason: in words.
+        elsewhere: the tensors are on a device that is not this backend's: no news to who runs into the slow path there.
+    """
 
     reason: str
+    elsewhere: bool = False
 
 
 class Backend(Protocol):
@@ -97,22 +103,24 @@ class Operator:
     def __post_init__(self) -> None:
         _OPERATORS[self.name] = self
 
-    def choose(self, call: Any) -> tuple[Backend, list[tuple[str, str]]]:
-        refusals: list[tuple[str, str]] = []
+    def choose(self, call: Any) -> tuple[Backend, list[tuple[str, Refusal]]]:
+        refusals: list[tuple[str, Refusal]] = []
         for backend in self.backends:
             if _only is not None and backend.name != _only:
-                refusals.append((backend.name, f"only_backend({_only!r}) is in force"))
+                refusals.append((backend.name, Refusal(f"only_backend({_only!r}) is in force")))
                 continue
             refusal = backend.supports(call)
             if refusal is None:
                 return backend, refusals
-            refusals.append((backend.name, refusal.reason))
-        raise RuntimeError(f"{self.name}: no backend takes this call: " + "; ".join(f"{n}: {r}" for n, r in refusals))
+            refusals.append((backend.name, refusal))
+        reasons = "; ".join(f"{name}: {refusal.reason}" for name, refusal in refusals)
+        raise RuntimeError(f"{self.name}: no backend takes this call: {reasons}")
 
     def run(self, call: Any) -> Tensor:
         backend, refusals = self.choose(call)
         if backend.is_slow_path and refusals and _only is None:
-            told = "; ".join(f"{name} refuses: {reason}" for name, reason in refusals)
+            news = [one for one in refusals if not one[1].elsewhere] or refusals
+            told = "; ".join(f"{name} refuses: {refusal.reason}" for name, refusal in news)
             _say_once(self.name, backend.name, told)
         return backend.run(call)
 
@@ -144,7 +152,7 @@ def explain(operator: Callable[..., Tensor] | str, *args: Any, **kwargs: Any) ->
         raise ValueError(f"operator: unknown {name!r}; known: {', '.join(sorted(_OPERATORS))}")
     found = _OPERATORS[name]
     backend, refusals = found.choose(found.bind(*args, **kwargs))
-    return Explanation(name, backend.name, tuple(refusals))
+    return Explanation(name, backend.name, tuple((one, refusal.reason) for one, refusal in refusals))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def refusal(tensor: Tensor) -> Refusal | None:
     if found := problem():
         return Refusal(found)
     if tensor.device.type != "cpu":
-        return Refusal(f"the tensors are on {tensor.device.type}; this kernel runs on the processor")
+        return Refusal(f"the tensors are on {tensor.device.type}; this kernel runs on the processor", elsewhere=True)
     if tensor.dtype not in _DTYPES:
         return Refusal(f"{tensor.dtype} is not among float32, bfloat16, float16")
     return None

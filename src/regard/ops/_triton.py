@@ -59,7 +59,7 @@ def refusal(*tensors: Tensor) -> Refusal | None:
         return Refusal(found)
     first = tensors[0]
     if first.device.type != "cuda":
-        return Refusal(f"the tensors are on {first.device.type}; this kernel runs on the GPU")
+        return Refusal(f"the tensors are on {first.device.type}; this kernel runs on the GPU", elsewhere=True)
     if first.dtype not in _DTYPES:
         return Refusal(f"{first.dtype} is not among float32, bfloat16, float16")
     for tensor in tensors:

@@ -11,7 +11,10 @@ __all__ = ["labelled", "narrow"]
 
 
 def narrow(mechanism: str, width: int) -> str:
-    """A mechanism's text on lines of `width` characters: broken between its options, those left open dropped."""
+    """A mechanism's text on lines of `width` characters: broken between parts and options, those left open dropped."""
+    parts = mechanism.split(" + ")
+    if len(mechanism) > width and len(parts) > 1:
+        return "\n+ ".join(narrow(part, width) for part in parts)
     if len(mechanism) <= width or "(" not in mechanism:
         return mechanism
     name, options = mechanism.split("(", 1)

@@ -16,6 +16,7 @@ from regard.results.environment import Environment
 from regard.results.export import ExportCheck, ExportStudy
 from regard.results.fidelity import Fidelity, FidelityPoint, FidelityStudy, PictureFidelity, Spread
 from regard.results.maps import AttentionMap
+from regard.results.mechanisms import LayerTime, MechanismResult, MechanismStudy
 
 __all__ = [
     "AttentionMap",
@@ -39,7 +40,10 @@ __all__ = [
     "FidelityPoint",
     "FidelityStudy",
     "Growth",
+    "LayerTime",
     "MeasuredSetting",
+    "MechanismResult",
+    "MechanismStudy",
     "PictureFidelity",
     "Spread",
     "TrainingRun",
