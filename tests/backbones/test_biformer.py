@@ -152,7 +152,7 @@ def test_the_parity_test_would_notice_a_mistake(tiny, change):
     model = copy.deepcopy(tiny)
     block, last = model.stages[2].blocks[0], model.stages[3].blocks[0].attn
     if change == "scale":
-        block.attn.scale = block.attn.head_dim**-0.5
+        block.attn.query_factor = 1.0
     elif change == "topk":
         block.attn.mechanism = type(block.attn.mechanism)(topk=15)
     elif change == "regions":

@@ -293,7 +293,6 @@ def test_only_prefix_tokens():
         ({"topk": True}, TypeError, "topk: expected an int"),
         ({"lce": 4}, ValueError, "lce: expected an odd kernel size, or 0 .*, got 4"),
         ({"lce": -1}, ValueError, "lce"),
-        ({"scale": "dim"}, TypeError, "scale"),
         ({"window": 3}, TypeError, "window"),
     ],
     ids=str,
