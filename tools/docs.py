@@ -114,6 +114,10 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         cells = _cells(found[card.name], study) if card.name in found else [""] * 4
         rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
     labels = {one.mechanism: one.label for one in study.results}
+    shown = {one.mechanism for one in found.values()}
+    for one in study.results:
+        if not one.best_part and one.mechanism not in shown:
+            rows.append([f"`{one.label}`", *_cells(one, study), ""])
     compositions = [
         [
             f"`{one.label}`",

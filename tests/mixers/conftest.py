@@ -16,6 +16,7 @@ _MORE = (
     "knn(topk=3)",
     "knn(topk=1.0)",
     "sparsifiner(budget=5, coefficients=0.05, basis_grid=(3, 5), official=True)",
+    "knn(topk=3, tail='sample', num_samples=4)",
     "knn(topk=5, metric='euclidean')",
     "multipole(num_clusters=5, near=2, far='gaussian')",
     "clustered(reduction=2)",

@@ -48,6 +48,8 @@ CARD = Card(
         "For images (not causal, not in the paper) there is no last block: each block of queries asks with its first "
         "token, and the budget is the mean, or with budget='block' each block's own. Blocks are square tiles of the "
         "grid; class token and registers are seen by all and see everything.",
+        "The authors' code (wyxstriker/ProxyAttn) could not be read, so nothing here is compared with it; what the "
+        "paper leaves open is listed below as a choice.",
     ),
     claims=(
         "RULER, weighted average, Llama-3.1-8B: full attention 86.49; gamma 0.95 (69 % of the blocks left out) 87.43; "
@@ -55,10 +57,6 @@ CARD = Card(
         "Attention 10.3 times faster at 256K tokens, the first token 2.4 times sooner. All of it in language models.",
     ),
     claims_source="the paper; no figure is about images",
-    quirks=(
-        "Its code (wyxstriker/ProxyAttn) could not be read, so nothing here is compared with it; what the paper leaves "
-        "open is listed below as a choice.",
-    ),
     evidence=Evidence(
         identities=(
             "gamma = 1 equals dense attention, causal too",
@@ -100,19 +98,20 @@ def _shown(order: BlockOrder, visible: Tensor | None, like: Tensor) -> Tensor | 
 
 def _trimmed(lists: Tensor) -> Tensor:
     """Without the places that no list fills. Elsewhere than on the processor, or in a graph, asking would cost more."""
-    if lists.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active() or lists.numel() == 0:
-        return lists
-    if type(lists) is not Tensor:  # traced
+    traced = torch.compiler.is_compiling() or functorch_active() or type(lists) is not Tensor
+    if traced or lists.device.type != "cpu" or lists.numel() == 0:
         return lists
     return lists[..., : max(1, int((lists >= 0).sum(dim=-1).max()))]
 
 
 def _grid_of(cells: int, grid_size: tuple[int, ...] | None, is_causal: bool) -> tuple[int, ...]:
     """The queries' grid: as given, a square if they make one, else (and causally) a sequence."""
-    if grid_size is not None and not is_causal:
+    if is_causal:
+        return (cells,)
+    if grid_size is not None:
         return grid_size
     side = math.isqrt(cells)
-    return (side, side) if side * side == cells and not is_causal else (cells,)
+    return (side, side) if side * side == cells else (cells,)
 
 
 @dataclass(frozen=True)

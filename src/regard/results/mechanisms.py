@@ -28,7 +28,7 @@ class MechanismResult:
     """One mechanism, modifier or composition.
 
     Args:
-        name: of its card; empty for a composition.
+        name: of its card; empty for other forms and for compositions.
         mechanism: text form of what was trained.
         label: the same without options at their defaults.
         accuracies: test accuracy by seed.
