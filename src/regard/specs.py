@@ -18,7 +18,17 @@ from regard.cards import Card
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Composed", "Mechanism", "Modifier", "nearest", "parse", "register", "registered", "registered_modifiers"]
+__all__ = [
+    "Composed",
+    "Mechanism",
+    "Modifier",
+    "nearest",
+    "parse",
+    "quiet",
+    "register",
+    "registered",
+    "registered_modifiers",
+]
 
 # What registers mechanisms and modifiers when it is imported; a text may name any of them.
 _ROOMS = ("regard.mixers", "regard.reduction", "regard.losses")
@@ -27,8 +37,16 @@ _MECHANISMS: dict[str, type["Mechanism"]] = {}
 _MODIFIERS: dict[str, type["Modifier"]] = {}
 
 
+def quiet(default: Any) -> Any:
+    """A field of a value that its text form leaves out while it has its default."""
+    return dataclasses.field(default=default, metadata={"quiet": True})
+
+
 class _Value:
     """A frozen dataclass whose fields are options, with its text form.
+
+    The text form holds all options, but for those declared by `quiet` that have their default value: what a mechanism
+    learns later does not change the text of what it could before.
 
     Two are equal if their text forms are: `knn(topk=1)` is one key and `knn(topk=1.0)` all of them, though 1 == 1.0. So
     subclasses are declared with eq=False.
@@ -41,16 +59,19 @@ class _Value:
         return self.card.name
 
     def __str__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
+        shown = [f for f in dataclasses.fields(self) if not (f.metadata.get("quiet") and self._is_default(f))]  # type: ignore[arg-type]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
         return f"{self.name}({options})" if options else self.name
 
     @property
     def label(self) -> str:
         """The text form without the options that have their default values: what a figure has room for."""
-        fields = [f for f in dataclasses.fields(self) if repr(getattr(self, f.name)) != repr(f.default)]  # type: ignore[arg-type]
+        fields = [f for f in dataclasses.fields(self) if not self._is_default(f)]  # type: ignore[arg-type]
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
         return f"{self.name}({options})" if options else self.name
+
+    def _is_default(self, field: "dataclasses.Field[Any]") -> bool:
+        return repr(getattr(self, field.name)) == repr(field.default)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and str(self) == str(other)
@@ -203,9 +224,9 @@ def register(value: _R) -> _R:
 
 
 def registered() -> dict[str, type[Mechanism]]:
-    """The known mechanisms by name, in the order in which they were registered."""
+    """The known mechanisms by name: dense attention, the measure of the others, then as they were registered."""
     _import_rooms()
-    return dict(_MECHANISMS)
+    return {_DENSE: _MECHANISMS[_DENSE], **_MECHANISMS}
 
 
 def registered_modifiers() -> dict[str, type[Modifier]]:

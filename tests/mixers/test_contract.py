@@ -114,7 +114,7 @@ def test_images_do_not_see_each_other(mechanism):
 def test_permuted_tokens_give_permuted_outputs(mechanism):
     if mechanism.name in ORDER_MATTERS:
         pytest.skip("its clusters start from places in the sequence, or its blocks are runs of it")
-    if mechanism.card.needs_grid:
+    if mechanism.card.needs_grid or getattr(mechanism, "tail", "drop") != "drop":
         pytest.skip("the tokens' places matter to it")
     mixer, x, order = make(mechanism).double(), tokens().double(), torch.randperm(16)
     torch.testing.assert_close(mixer(x[:, order]), mixer(x)[:, order])

@@ -91,3 +91,37 @@ def test_the_nearest_keys_by_name():
         KNNAttention(DIM, HEADS, metric="manhattan")
     with pytest.raises(ValueError, match="metric"):
         KNN(metric="manhattan")
+
+
+def test_a_sampled_tail_is_drawn_anew_in_training_only():
+    torch.manual_seed(0)
+    mixer, x = KNNAttention(DIM, HEADS, topk=3, tail="sample", num_samples=2), torch.randn(2, TOKENS, DIM)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(mixer(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.allclose(draws[0], draws[2])
+    mixer.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(mixer(x), mixer(x)) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tail_sampled_whole_is_dense():
+    dense, knn, x = pair(3)
+    knn.tail, knn.num_samples = "sample", TOKENS
+    torch.testing.assert_close(knn(x), dense(x))
+
+
+def test_text_keeps_its_form_where_the_tail_is_dropped():
+    assert str(KNN(topk=0.25)) == "knn(topk=0.25)"
+    assert str(KNN(topk=0.25, tail="sample", num_samples=32)) == "knn(topk=0.25, tail='sample', num_samples=32)"
+    assert KNN(topk=3, tail="sample").label == "knn(topk=3, tail='sample')"
+    with pytest.raises(ValueError, match="tail"):
+        KNN(tail="cut")
+    with pytest.raises(TypeError, match="num_samples"):
+        KNNAttention(DIM, HEADS, num_samples=0.5)
+
+
+def test_repr_tells_the_tail():
+    assert "tail='sample', num_samples=4" in repr(KNNAttention(DIM, tail="sample", num_samples=4))
+    assert "tail" not in repr(KNNAttention(DIM))

@@ -40,6 +40,10 @@ def _biased_knn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return knn_attention(query, key, value, topk=7, attn_mask=key[..., :1].mT, is_causal=True)
 
 
+def _sampled_tail(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return knn_attention(query, key, value, topk=7, tail="sample", num_samples=9, seed=0)
+
+
 def _nearest(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return knn_attention(query, key, value, topk=0.07, metric="euclidean")
 
@@ -93,7 +97,8 @@ def _density_peaks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 CALLS = {
     "knn": OperatorCall("knn_attention", lambda query, key, value: knn_attention(query, key, value, topk=0.07)),
     "knn, causal, bias": OperatorCall("knn_attention", _biased_knn),
-    "knn, euclidean": OperatorCall("knn_attention_euclidean", _nearest),
+    "knn, sampled tail": OperatorCall("knn_attention_blocks", _sampled_tail),
+    "knn, euclidean": OperatorCall("knn_attention_blocks", _nearest),
     "multipole": OperatorCall("multipole_attention", _multipole),
     "multipole, tolerance": OperatorCall("multipole_attention", _bounded_multipole),
     "neighborhood": OperatorCall("neighborhood_attention", _line),

@@ -8,10 +8,15 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import knn_attention
+from regard.ops._counts import share_of
+from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.api import check_metric, check_topk
-from regard.specs import Mechanism, register
+from regard.ops.knn.tail import check_tail
+from regard.specs import Mechanism, quiet, register
 
 __all__ = ["CARD", "KNN", "KNNAttention"]
+
+_SEED = 0  # of the tail's sample where the same input must give the same output
 
 CARD = Card(
     name="knn",
@@ -33,6 +38,9 @@ CARD = Card(
         "The slow version (Attn-slow in the authors' table), absent from the official code, here metric='euclidean': "
         "the k keys nearest to the query in Euclidean distance, then softmax over the same logits. With keys of one "
         "length both select the same. No kernel has it.",
+        "tail='sample' (kNN Attention Demystified, arXiv 2411.04013, ICLR 2025): `num_samples` of each row's other "
+        "keys stand for all of them, so that numerator and denominator of the softmax are unbiased. A new sample each "
+        "call in training, always the same one in evaluation. No kernel has it.",
     ),
     claims=(
         "DeiT-Tiny 72.2 to 73.0 (fast and slow alike), DeiT-Small 79.8 to 80.1: ImageNet-1k top-1, 224 pixels.",
@@ -59,6 +67,8 @@ CARD = Card(
             "permuting keys with their values changes nothing",
             "ties go to the lowest index, exactly k are kept",
             "metric='euclidean' keeps the nearest keys, and equals the fast version for keys of one length",
+            "a tail sampled whole equals dense attention, one of which nothing is sampled k-NN attention",
+            "numerator and denominator with a sampled tail are unbiased, their variance falls as 1 / num_samples",
         ),
         parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9",
         parameters={"kvt_deit_tiny": 5_717_416, "kvt_deit_small": 22_050_664},
@@ -73,10 +83,12 @@ class KNNAttention(AttentionMixer):
     Args:
         topk: int >= 1: keys each query keeps, at most all. float in (0, 1]: that fraction of the keys, rounded up.
         metric: "dot": those with the largest logits. "euclidean": the nearest.
+        tail: what becomes of the other keys: "drop", or "sample": `num_samples` of them stand for all. Training draws
+            them anew at each call (torch.manual_seed); evaluation always takes the same.
         The rest is as in AttentionMixer.
 
     Raises:
-        ValueError, TypeError: topk is out of range or no number, or metric is unknown.
+        ValueError, TypeError: topk or num_samples is out of range or no number, or metric or tail is unknown.
     """
 
     def __init__(
@@ -86,16 +98,23 @@ class KNNAttention(AttentionMixer):
         *args: Any,
         topk: int | float = 0.5,
         metric: str = "dot",
+        tail: str = "drop",
+        num_samples: int = 64,
         **kwargs: Any,
     ) -> None:
         check_topk(topk)
         check_metric(metric)
+        check_tail(tail, num_samples)
         super().__init__(dim, num_heads, *args, **kwargs)
         self.topk = topk
         self.metric = metric
+        self.row_wise = metric == "dot" and tail == "drop"  # `kept_keys` knows logits only
+        self.tail = tail
+        self.num_samples = num_samples
 
     def extra_repr(self) -> str:
-        return f"topk={self.topk!r}, metric={self.metric!r}"
+        tail = f", tail={self.tail!r}, num_samples={self.num_samples}" if self.tail != "drop" else ""
+        return f"topk={self.topk!r}, metric={self.metric!r}{tail}"
 
     def attend(
         self,
@@ -115,7 +134,13 @@ class KNNAttention(AttentionMixer):
             dropout_p=self.dropout_p,
             is_causal=is_causal,
             metric=self.metric,
+            tail=self.tail,
+            num_samples=self.num_samples,
+            seed=None if self.training else _SEED,
         )
+
+    def kept_keys(self, logits: Tensor) -> Tensor:
+        return kept_by_threshold(logits, share_of(self.topk, logits.shape[-1]))
 
 
 @register
@@ -124,24 +149,27 @@ class KNN(Mechanism):
     """k-NN attention, `knn(topk=0.5)` in text: an int is a number of keys, a float a fraction of them.
 
     `knn(topk=0.5, metric='euclidean')` keeps the nearest keys instead of those with the largest logits.
+    `knn(topk=0.125, tail='sample', num_samples=64)`: so many of a query's other keys stand for all of them; `attend`
+    always takes the same.
     """
 
     card: ClassVar[Card] = CARD
     topk: int | float = 0.5
-    metric: str = "dot"
+    metric: str = quiet("dot")
+    tail: str = quiet("drop")
+    num_samples: int = quiet(64)
 
     def __post_init__(self) -> None:
         check_topk(self.topk)
         check_metric(self.metric)
-
-    def __str__(self) -> str:
-        # The fast version's text is what results were stored under before there was another.
-        return super().__str__().replace(", metric='dot'", "")
+        check_tail(self.tail, self.num_samples)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         options.pop("grid_size", None)
         options.pop("num_prefix_tokens", None)
-        return knn_attention(query, key, value, topk=self.topk, metric=self.metric, **options)
+        sample: dict[str, Any] = {"tail": self.tail, "num_samples": self.num_samples, "seed": _SEED}
+        return knn_attention(query, key, value, topk=self.topk, metric=self.metric, **sample, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return KNNAttention.bind(topk=self.topk, metric=self.metric, **options)
+        own = {"topk": self.topk, "metric": self.metric, "tail": self.tail, "num_samples": self.num_samples}
+        return KNNAttention.bind(**own, **options)

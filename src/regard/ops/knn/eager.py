@@ -1,15 +1,14 @@
-"""The PyTorch path: takes every valid call, on any device, under every transform; holds the N x M logits in memory."""
+"""The PyTorch path of what the kernels know: any device and every transform; holds the N x M logits in memory."""
 
 import torch
 from torch import Tensor
 
 from regard.ops._arguments import full_precision
-from regard.ops._dispatch import Refusal
 from regard.ops._selection import kept_by_threshold, selection_state, softmax_of_kept
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.reference import knn_attention_reference, logits, mix, weights
+from regard.ops.knn.reference import logits, mix, weights
 
-__all__ = ["PyTorchBackend", "attend_with_state", "gradients"]
+__all__ = ["attend_with_state", "gradients", "gradients_under"]
 
 
 @full_precision
@@ -22,8 +21,14 @@ def attend_with_state(call: KNNCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @full_precision
 def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and float mask, written out: below autograd nothing records them for us."""
-    soft = weights(call, kept_by_threshold)
+    """Gradients of query, key, value and float mask: below autograd nothing records them for us."""
+    return gradients_under(weights(call, kept_by_threshold), call, grad_output, mask_gradient)
+
+
+def gradients_under(
+    soft: Tensor, call: KNNCall, grad_output: Tensor, mask_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and float mask under these weights (B, H, N, M), in the weights' dtype."""
     query, grad_output = call.query.to(soft.dtype), grad_output.to(soft.dtype)
     key, value = (t.to(soft.dtype).repeat_interleave(call.groups, dim=1) for t in (call.key, call.value))
     grad_soft = torch.einsum("bhnd,bhmd->bhnm", grad_output, value)
@@ -34,14 +39,3 @@ def gradients(call: KNNCall, grad_output: Tensor, mask_gradient: bool) -> tuple[
     grad_key, grad_value = (t.unflatten(1, (-1, call.groups)).sum(dim=2) for t in (grad_key, grad_value))
     grad_mask = grad_logits.sum_to_size(call.attn_mask.shape) if mask_gradient and call.attn_mask is not None else None
     return grad_query, grad_key, grad_value, grad_mask
-
-
-class PyTorchBackend:
-    name = "pytorch"
-    is_slow_path = True
-
-    def supports(self, call: KNNCall) -> Refusal | None:
-        return None
-
-    def run(self, call: KNNCall) -> Tensor:
-        return knn_attention_reference(call, kept_by_threshold)

@@ -8,12 +8,17 @@ from torch import Tensor
 from regard.ops._arguments import full_precision
 from regard.ops._selection import kept_by_stable_sort, raised, softmax_of_kept
 from regard.ops.knn.call import KNNCall
+from regard.ops.knn.tail import orders_of_rows, with_sampled_tail
 
-__all__ = ["knn_attention_reference", "logits", "mix", "ranking", "weights"]
+__all__ = ["knn_attention_reference", "logits", "mix", "ranking", "row_weights", "weights"]
 
 
-def logits(call: KNNCall) -> Tensor:
-    """(B, H, N, M) scaled logits after bias and masks; hidden keys are -inf. Half types are raised to float32."""
+def logits(call: KNNCall, first: int = 0) -> Tensor:
+    """(B, H, N, M) scaled logits after bias and masks; hidden keys are -inf. Half types are raised to float32.
+
+    Args:
+        first: what the call's first query counts as where is_causal asks.
+    """
     query, key = raised(call.query), raised(call.key)
     key = key.repeat_interleave(call.groups, dim=1)
     scores = torch.einsum("bhnd,bhmd->bhnm", query * call.scale, key)
@@ -23,7 +28,7 @@ def logits(call: KNNCall) -> Tensor:
         else:
             scores = scores + call.attn_mask.to(scores.dtype)
     if call.is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(first)
         scores = scores.masked_fill(~causal, float("-inf"))
     return scores
 
@@ -42,9 +47,22 @@ def ranking(call: KNNCall, scores: Tensor) -> Tensor:
 
 
 def weights(call: KNNCall, select: Callable[[Tensor, int], Tensor] = kept_by_stable_sort) -> Tensor:
-    """(B, H, N, M) attention weights: softmax over the kept keys, zero elsewhere; rows that keep none are all zero."""
-    scores = logits(call)
-    return softmax_of_kept(scores, select(ranking(call, scores), call.topk))
+    """(B, H, N, M) attention weights: softmax over the keys that count, zero elsewhere; all zero where none does."""
+    return row_weights(call, logits(call), 0, select)
+
+
+def row_weights(call: KNNCall, scores: Tensor, first: int, select: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The same, given the logits of queries from `first` on.
+
+    The kept keys count, and of the others those that stand for a sampled tail.
+    """
+    kept = select(ranking(call, scores), call.topk)
+    if call.num_samples and call.seed is not None:
+        order = orders_of_rows(call.seed, scores.shape[1], first, first + scores.shape[2], scores.shape[3])
+        if call.attn_mask is None and not call.is_causal and isinstance(scores.shape[3], int):
+            order = order[..., : call.topk + call.num_samples]  # enough are left without the kept ones
+        scores, kept = with_sampled_tail(scores, kept, call.num_samples, order)
+    return softmax_of_kept(scores, kept)
 
 
 @full_precision
