@@ -17,7 +17,6 @@ from regard.ops._selection import kept_above_kth, raised
 from regard.ops.clustering.kmeans import assign_at_once, lloyd, spread_over_grid, start_tokens
 from regard.ops.clustering.reference import density_peaks_reference
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.euclidean import euclidean_call
 from regard.ops.knn.lists import knn_lists_reference
 from regard.ops.knn.reference import knn_attention_reference
 from regard.ops.multipole.call import MultipoleCall
@@ -58,10 +57,6 @@ def _knn(
 
 def _knn_lists(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> Tensor:
     return knn_lists_reference(query, key, visible, topk, kept=_kept)
-
-
-def _knn_euclidean(*operands: Any) -> Tensor:
-    return _heads_last(knn_attention_reference(euclidean_call(*operands), _kept))
 
 
 def _knn_blocks(*operands: Any) -> Tensor:
@@ -156,7 +151,6 @@ _OPS = torch.ops.regard
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
     _OPS.knn_lists.default: _knn_lists,
-    _OPS.knn_attention_euclidean.default: _knn_euclidean,
     _OPS.knn_attention_blocks.default: _knn_blocks,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
