@@ -9,11 +9,15 @@ them), and the hand-written notes from docs/notes/<name>.md.
 
 import argparse
 import dataclasses
+import inspect
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
+from timm.models import model_entrypoint
+
+from regard.backbones import FAMILIES
 from regard.cards import Card, table
 from regard.markdown import markdown_table
 from regard.mixers import mechanisms, modifiers
@@ -37,7 +41,7 @@ def documents(root: Path) -> dict[Path, str]:
     cards = [mechanism.card for mechanism in known.values()]
     study = measured(root)
     found = study.by_name() if study else {}
-    wanted = {root / "docs" / "mechanisms.md": overview(cards, study)}
+    wanted = {root / "docs" / "mechanisms.md": overview(cards, study), root / "docs" / "backbones.md": backbones()}
     for name, mechanism in known.items():
         notes = root / "docs" / "notes" / f"{name}.md"
         text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
@@ -48,7 +52,7 @@ def documents(root: Path) -> dict[Path, str]:
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms"))
+        wanted[readme] = with_table(text, table(cards, pages="docs/mechanisms", short=True))
     return wanted
 
 
@@ -63,6 +67,27 @@ def picture(root: Path, name: str) -> str:
     return (
         f"../images/mechanisms/{name}.png" if (root / "docs" / "images" / "mechanisms" / f"{name}.png").exists() else ""
     )
+
+
+def backbones() -> str:
+    """docs/backbones.md: every family with its models, as their own docstrings tell."""
+    parts = [
+        NOTICE.replace("mechanism's card", "models' docstrings").replace("src/regard/mixers", "src/regard/backbones"),
+        "# Backbones",
+        "Models that timm lacks, registered with it: `regard.create_model(name)`, or `timm.create_model(name)` after "
+        "`import regard.backbones`. Each has what timm expects of a model (classifier, features, intermediate outputs, "
+        "checkpointing, layer groups, any image size), reads the official checkpoint format, and equals the official "
+        "code on the same weights where that could be run ([mechanisms](mechanisms.md) tell which).",
+    ]
+    for family in FAMILIES:
+        names = sorted({name.partition(".")[0] for name in family.default_cfgs})
+        rows = [[f"`{name}`", _first_line(model_entrypoint(name))] for name in names]
+        parts += [f"## {_first_line(family).rstrip('.')}", markdown_table(["name", "model"], rows).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0].strip()
 
 
 def overview(cards: list[Card], study: MechanismStudy | None) -> str:
@@ -88,7 +113,17 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         parity = card.evidence.parity or ("no official code" if not card.official else "none held")
         cells = _cells(found[card.name], study) if card.name in found else [""] * 4
         rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
-    compositions = [[f"`{one.label}`", *_cells(one, study)] for one in study.results if not one.name]
+    labels = {one.mechanism: one.label for one in study.results}
+    compositions = [
+        [
+            f"`{one.label}`",
+            *_cells(one, study)[1:],
+            f"`{labels[one.best_part]}`",
+            _points(one.gain, one.gain_half_width),
+        ]
+        for one in study.results
+        if one.best_part
+    ]
     largest = max(study.settings["tokens"])
     heading = ["growth", f"speed at {largest:,} tokens", "accuracy", "against dense"]
     text = f"""
@@ -101,9 +136,10 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         text += f"""
 ## Compositions
 
-What no paper has, trained beside its parts.
+What no paper has, beside its parts under the same recipe and seeds: the mechanism alone, and each modifier around
+dense attention. *Gain*: the paired difference in points from the part that did best.
 
-{markdown_table(["composition", *heading], compositions)}"""
+{markdown_table(["composition", *heading[1:], "best part", "gain"], compositions)}"""
     return text
 
 
@@ -129,7 +165,7 @@ def _cells(one: MechanismResult, study: MechanismStudy) -> list[str]:
         f"N^{one.growth:.2f}" if one.growth is not None else "",
         "; ".join(_speed(one, max(study.settings["tokens"]))),
         _accuracy(one),
-        _difference(one),
+        _points(one.difference, one.half_width),
     ]
 
 
@@ -146,12 +182,13 @@ def _accuracy(one: MechanismResult) -> str:
     return f"{mean} ± {100 * statistics.stdev(one.accuracies):.1f} %" if len(one.accuracies) > 1 else f"{mean} %"
 
 
-def _difference(one: MechanismResult) -> str:
-    if one.difference is None:
+def _points(difference: float | None, half_width: float | None) -> str:
+    """A paired difference in points with its 95 % t-interval."""
+    if difference is None:
         return ""
-    half = f" ± {100 * one.half_width:.1f}" if one.half_width is not None else ""
-    shown = one.half_width is not None and abs(one.difference) > one.half_width
-    return f"{100 * one.difference:+.1f}{half}" + ("" if shown else ", none shown")
+    half = f" ± {100 * half_width:.1f}" if half_width is not None else ""
+    shown = half_width is not None and abs(difference) > half_width
+    return f"{100 * difference:+.1f}{half}" + ("" if shown else ", none shown")
 
 
 def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -> str:
@@ -166,7 +203,8 @@ def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -
         ]
     trained = f"`{one.label}`, trained: {_accuracy(one)}"
     if one.difference is not None:
-        trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {_difference(one)} points"
+        points = _points(one.difference, one.half_width)
+        trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
     rates = f"{one.train_rate:,.0f} images a second in training (dense {dense.train_rate:,.0f})"
     lines += [f"{trained}; {rates}."]
     rows = [[f"{size:,}", *_speed(one, size)] for size in study.settings["tokens"]]

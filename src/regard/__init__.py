@@ -39,6 +39,8 @@ _EXPORTS = {
     "MultipoleAttention": "regard.mixers",
     "Neighborhood": "regard.mixers",
     "NeighborhoodAttention": "regard.mixers",
+    "Proxy": "regard.mixers",
+    "ProxyAttention": "regard.mixers",
     "create_model": "regard.backbones",
     "convert": "regard.conversion",
     "converted": "regard.conversion",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
+    from regard.mixers import Proxy as Proxy
+    from regard.mixers import ProxyAttention as ProxyAttention
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import modifiers as modifiers
     from regard.mixers import parse_mechanism as parse_mechanism

@@ -45,6 +45,7 @@ class Card:
         modifies: True if it is no mechanism but changes a model around one.
         converts: True if a trained dense model can be converted to it; False if it needs weights of its own.
         query_masks: True if masks may differ between queries (and be biases, or causal); False if they only hide keys.
+        causal: True if is_causal is taken although masks only hide keys.
         variants: the published variants, and which of them this is, one paragraph each.
         claims: what the paper claims, with its figures, one paragraph each.
         claims_source: where the claims stand.
@@ -69,6 +70,7 @@ class Card:
     modifies: bool = False
     converts: bool = True
     query_masks: bool = True
+    causal: bool = False
     variants: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     claims_source: str = "the paper"
@@ -92,22 +94,25 @@ _COLUMNS: dict[str, Callable[[Card], str]] = {
     "cost in N tokens": lambda card: card.cost,
     "grid": lambda card: "needed" if card.needs_grid else "no",
     "dense weights load": lambda card: "with new ones" if card.adds_parameters else "unchanged",
-    "masks": lambda card: "any" if card.query_masks else "hide keys",
+    "masks": lambda card: "any" if card.query_masks else "hide keys, or causal" if card.causal else "hide keys",
     "paper": lambda card: f"[{card.arxiv}]({card.paper_link}), {card.venue}" if card.arxiv else card.venue,
 }
+_SHORT = ("name", "mechanism", "which keys, how strongly", "paper")
 
 
-def table(cards: Iterable[Card], *, pages: str | None = None) -> str:
+def table(cards: Iterable[Card], *, pages: str | None = None, short: bool = False) -> str:
     """The mechanisms' table in Markdown, one row a card.
 
     Args:
         cards: in the order of the rows.
         pages: where the mechanisms' pages stand; each name becomes a link to `<pages>/<name>.md`.
+        short: only what says what each is.
     """
+    columns = {heading: cell for heading, cell in _COLUMNS.items() if not short or heading in _SHORT}
     rows = []
     for card in cards:
-        row = [cell(card) for cell in _COLUMNS.values()]
+        row = [cell(card) for cell in columns.values()]
         if pages is not None:
             row[0] = f"[{row[0]}]({pages}/{card.name}.md)"
         rows.append([text.replace("|", "\\|") for text in row])
-    return markdown_table(list(_COLUMNS), rows)
+    return markdown_table(list(columns), rows)

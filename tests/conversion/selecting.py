@@ -1,8 +1,9 @@
 """The oracle: a model's own code, in which every softmax over keys first loses all but its largest scores."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -12,21 +13,29 @@ from torch import Tensor, nn
 _softmax = Tensor.softmax
 
 
+def _enter(inside: list[float], count: float, *_) -> None:
+    inside.append(count)
+
+
+def _leave(inside: list[float], *_) -> None:
+    inside.pop()
+
+
 @contextmanager
-def selecting(model: nn.Module, fraction: float, spared: set[str] = frozenset()) -> Iterator[None]:
-    """Within this context rows of scores keep their ceil(fraction * keys) largest; modules named in `spared` do not."""
-    inside = [0]
+def selecting(
+    model: nn.Module, fraction: float, spared: set[str] = frozenset(), *, topk: Mapping[str, float] | None = None
+) -> Iterator[None]:
+    """Within this context rows of scores keep their ceil(fraction * keys) largest; modules named in `spared` do not.
 
-    def enter(*_):
-        inside[0] += 1
-
-    def leave(*_):
-        inside[0] -= 1
+    Modules named in `topk` keep that fraction, or, if it is an int, that many.
+    """
+    counts = dict.fromkeys(spared, 1.0) | dict(topk or {})
+    inside = [fraction]
 
     def softmax(scores: Tensor, dim: int = -1, **options) -> Tensor:
         over_keys = scores.dim() >= 3 and dim in (-1, scores.dim() - 1) and min(scores.shape[-2:]) > 1
-        if over_keys and not inside[0]:
-            kept = math.ceil(fraction * scores.shape[-1])
+        if over_keys:
+            kept = inside[-1] if isinstance(inside[-1], int) else math.ceil(inside[-1] * scores.shape[-1])
             order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., kept:]  # ties: first stay
             scores = scores.scatter(-1, order, float("-inf"))
         return _softmax(scores, dim, **options)
@@ -42,7 +51,8 @@ def selecting(model: nn.Module, fraction: float, spared: set[str] = frozenset())
 
     handles = []
     for name, module in model.named_modules():
-        if name in spared:
+        if name in counts:
+            enter, leave = partial(_enter, inside, counts[name]), partial(_leave, inside)
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -16,6 +16,7 @@ _MORE = (
     "clustered(reduction=2)",
     "multipole(near=20)",
     "neighborhood(kernel_size=3, dilation=2)",
+    "proxy(num_proxies=2, gamma=0.5, block_size=9, stride=2, min_tokens=0, budget='block')",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
 )
 

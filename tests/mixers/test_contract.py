@@ -17,7 +17,7 @@ from regard.mixers import AttentionMixer
 
 DIM, HEADS = 48, 3
 GRIDS = [(16,), (4, 4), (13, 17), (2, 3, 4), (1, 1)]
-ORDER_MATTERS = {"multipole"}
+ORDER_MATTERS = {"multipole", "proxy"}
 ALL_OPTIONS = {
     "attn_head_dim": 8,
     "dim_out": 40,
@@ -66,6 +66,21 @@ def test_square_grid_is_inferred(mechanism):
     torch.testing.assert_close(mixer(x), mixer(x, grid_size=(4, 4)))
 
 
+def test_sizes_may_change_after_construction(mechanism):
+    mixer = make(mechanism, num_prefix_tokens=1)
+    x, larger = tokens(17), tokens(31)
+    before = mixer(x)
+    assert mixer(larger, grid_size=(5, 6)).shape == larger.shape
+    torch.testing.assert_close(mixer(x), before, rtol=0, atol=0)
+
+
+def test_state_dict_round_trip(mechanism):
+    mixer, other, x = make(mechanism, **ALL_OPTIONS), make(mechanism, **ALL_OPTIONS), tokens()
+    assert not torch.equal(mixer(x), other(x))
+    other.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(other(x), mixer(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(mechanism, batch):
     assert make(mechanism)(tokens(16, batch=batch)).shape == (batch, 16, DIM)
@@ -98,7 +113,7 @@ def test_images_do_not_see_each_other(mechanism):
 
 def test_permuted_tokens_give_permuted_outputs(mechanism):
     if mechanism.name in ORDER_MATTERS:
-        pytest.skip("its clusters start from places in the sequence")
+        pytest.skip("its clusters start from places in the sequence, or its blocks are runs of it")
     if mechanism.card.needs_grid or getattr(mechanism, "tail", "drop") != "drop":
         pytest.skip("the tokens' places matter to it")
     mixer, x, order = make(mechanism).double(), tokens().double(), torch.randperm(16)
@@ -153,7 +168,14 @@ def test_causal_and_mask_combine(mechanism):
     x = tokens().double()
     earlier = torch.ones(16, 16, dtype=torch.bool).tril()
     if not mechanism.card.query_masks:
-        for options in ({"is_causal": True}, {"attn_mask": earlier}, {"attn_mask": torch.zeros(16, 16).double()}):
+        refused = [{"attn_mask": earlier}, {"attn_mask": torch.zeros(16, 16).double()}]
+        if mechanism.card.causal:
+            later = torch.where(torch.arange(16)[:, None] < 10, x, torch.randn_like(x))
+            torch.testing.assert_close(mixer(later, is_causal=True)[:, :10], mixer(x, is_causal=True)[:, :10])
+            assert not torch.allclose(mixer(x, is_causal=True), mixer(x))
+        else:
+            refused.append({"is_causal": True})
+        for options in refused:
             with pytest.raises((ValueError, TypeError), match=f"{next(iter(options))}: "):
                 mixer(x, **options)
         return

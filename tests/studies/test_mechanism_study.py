@@ -59,6 +59,17 @@ def test_what_was_trained(study):
     assert results["dense + gated"].half_width == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_composition_is_held_against_the_part_that_it_beats_by_least(study):
+    one = study.results[-1]
+    assert one.best_part == "dense + gated(kind='elementwise')"
+    assert one.gain == pytest.approx(0.01) and one.gain_half_width == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_composition_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="compositions: expected a mechanism .*, got 'knn'"):
+        study_mechanisms(MechanismSettings(tmp_path, compositions=("knn",)))
+
+
 def test_layers_and_models_are_timed_at_every_size_in_both_directions(study):
     for one in study.results:
         assert [(time.tokens, time.direction) for time in one.times] == [

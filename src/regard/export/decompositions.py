@@ -22,7 +22,9 @@ from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
+from regard.ops.routed import BlockOrder
 from regard.ops.routed.call import RoutedCall
+from regard.ops.routed.proxies import ProxyCall, proxy_lists
 from regard.ops.routed.reference import attend_blocks, key_blocks
 
 __all__ = ["DECOMPOSITIONS", "decomposed", "operators_left"]
@@ -70,6 +72,18 @@ def _routed(*operands: Any) -> Tensor:
     # Not a slice, whose strides would depend on whether the last block is whole.
     tokens = torch.arange(call.query.shape[2], device=output.device)
     return _heads_last(output.index_select(2, tokens).to(call.query.dtype))
+
+
+def _proxy_blocks(*operands: Any) -> Tensor:
+    return proxy_lists(ProxyCall(*operands))
+
+
+def _to_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
+    return BlockOrder(*map(tuple, order)).arrange(tokens).contiguous()
+
+
+def _from_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
+    return BlockOrder(*map(tuple, order)).restore(tokens).contiguous()
 
 
 def _kmeans(
@@ -134,6 +148,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.neighborhood_attention_blocks.default: _neighborhood,
     _OPS.routed_attention.default: _routed,
     _OPS.routed_attention_gathered.default: _routed,
+    _OPS.proxy_blocks.default: _proxy_blocks,
+    _OPS.to_blocks.default: _to_blocks,
+    _OPS.from_blocks.default: _from_blocks,
     _OPS.kmeans.default: _kmeans,
     _OPS.density_peak_clusters.default: _density_peaks,
 }

@@ -7,6 +7,7 @@ from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
+from regard.mixers.proxy import Proxy, ProxyAttention
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
+    "Proxy",
+    "ProxyAttention",
     "mechanisms",
     "modifiers",
     "parse_mechanism",

@@ -14,6 +14,7 @@ __all__ = [
     "baseline_of",
     "largest_size",
     "mechanisms_of",
+    "paired_difference",
     "summarise",
     "t_quantile",
 ]
@@ -133,7 +134,7 @@ def _summary(comparison: Comparison, mechanism: str, baseline: str) -> Summary:
         runs=tuple(runs),
         accuracy=statistics.fmean(run.accuracy for run in runs) if runs else None,
         spread=statistics.stdev(run.accuracy for run in runs) if len(runs) > 1 else None,
-        difference=None if mechanism == baseline else _difference(comparison, mechanism, baseline),
+        difference=None if mechanism == baseline else paired_difference(comparison, mechanism, baseline),
         train_seconds=statistics.median(run.epochs[-1].seconds for run in runs) if runs else None,
         train_images_per_second=statistics.median(run.train_images_per_second for run in runs) if runs else None,
         test_images_per_second=statistics.median(run.test_images_per_second for run in runs) if runs else None,
@@ -145,7 +146,8 @@ def _summary(comparison: Comparison, mechanism: str, baseline: str) -> Summary:
     )
 
 
-def _difference(comparison: Comparison, mechanism: str, baseline: str) -> Difference | None:
+def paired_difference(comparison: Comparison, mechanism: str, baseline: str) -> Difference | None:
+    """One mechanism's accuracy less another's, seed by seed; None if they share no finished seed."""
     by_seed = {
         name: {run.seed: run.accuracy for run in comparison.runs if run.mechanism == name and run.finished}
         for name in (mechanism, baseline)

@@ -37,6 +37,8 @@ class MechanismResult:
         train_rate, test_rate: images a second, medians.
         parameters: of the trained model.
         times: of one attention layer; of a whole small model where the mechanism changes more than the layer.
+        best_part: of a composition, the one of its parts that did best; empty if it is none.
+        gain, gain_half_width: mean of the paired differences from that part, and half of their 95 % t-interval.
         growth: exponent of the layer's forward time over tokens, between the two largest sizes; None for whole models.
     """
 
@@ -51,6 +53,9 @@ class MechanismResult:
     parameters: int | None = None
     times: list[LayerTime] = field(default_factory=list)
     growth: float | None = None
+    best_part: str = ""
+    gain: float | None = None
+    gain_half_width: float | None = None
 
 
 @dataclass

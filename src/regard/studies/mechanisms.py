@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.benchmark import environment
 from regard.benchmark.timing import Timing, interleave
 from regard.benchmark.workload import DIRECTIONS, FORWARD
-from regard.report.summary import summarise
+from regard.report.summary import paired_difference, summarise
 from regard.results import Comparison, LayerTime, MechanismResult, MechanismStudy
 from regard.specs import Composed, Mechanism, parse, registered, registered_modifiers
 from regard.studies.comparison import compare
@@ -60,12 +60,13 @@ def study_mechanisms(
     """Train all under one recipe, and time their layers; the comparison holds the attention maps.
 
     Raises:
-        SettingsError, Interrupted: as compare does.
+        SettingsError, Interrupted: as compare does. ValueError: a composition is none.
     """
     texts = dict(settings.mechanisms) if settings.mechanisms is not None else default_texts()
     values = {name: parse(text) for name, text in texts.items()}
-    composed = [parse(text) for text in settings.compositions]
-    everything = list(dict.fromkeys([parse(_DENSE), *values.values(), *composed]))
+    composed = [_composition(text) for text in settings.compositions]
+    parts = [part for one in composed for part in _parts(one)]
+    everything = list(dict.fromkeys([parse(_DENSE), *values.values(), *parts, *composed]))
     comparison = compare(
         CompareSettings(
             mechanisms=tuple(map(str, everything)),
@@ -87,6 +88,8 @@ def study_mechanisms(
             one.difference, one.half_width = summary.difference.mean, summary.difference.half_width
         one.train_rate, one.test_rate = summary.train_images_per_second, summary.test_images_per_second
         one.parameters = summary.parameters
+    for composition in composed:
+        _judge_composition(results[str(composition)], composition, comparison)
     for mechanism, times in _times(everything, settings, tell).items():
         results[mechanism].times = times
         if not isinstance(parse(mechanism), Composed):  # a whole model's other layers would blur it
@@ -98,6 +101,28 @@ def study_mechanisms(
         list(results.values()),
     )
     return study, comparison
+
+
+def _composition(text: str) -> Composed:
+    found = parse(text)
+    if not isinstance(found, Composed):
+        raise ValueError(f"compositions: expected a mechanism + a modifier, such as 'knn + gated', got {text!r}")
+    return found
+
+
+def _parts(composition: Composed) -> list[Mechanism]:
+    """What a composition is held against: its mechanism, and each modifier around dense attention."""
+    found = [composition.base, *(parse(modifier) for modifier in composition.modifiers)]
+    return [part for part in found if part not in (composition, parse(_DENSE))]
+
+
+def _judge_composition(result: MechanismResult, composition: Composed, comparison: Comparison) -> None:
+    """The paired difference from the part that it beats by the least."""
+    gains = {str(part): paired_difference(comparison, str(composition), str(part)) for part in _parts(composition)}
+    found = {name: gain for name, gain in gains.items() if gain is not None}
+    if found:
+        result.best_part = min(found, key=lambda name: found[name].mean)
+        result.gain, result.gain_half_width = found[result.best_part].mean, found[result.best_part].half_width
 
 
 def default_texts() -> dict[str, str]:
