@@ -19,7 +19,7 @@ from regard.report.picture import raster
 from regard.report.style import looks
 from regard.results import Comparison, MechanismStudy, write_text
 from regard.studies import SettingsError
-from regard.studies.mechanisms import COMPOSITIONS, MechanismSettings, default_texts, study_mechanisms
+from regard.studies.mechanisms import COMPOSITIONS, VARIANTS, MechanismSettings, default_texts, study_mechanisms
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "mechanisms_measured.json"
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison; the same again resumes")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of mechanisms; the pages are not written then")
     parser.add_argument("--compositions", nargs="*", default=COMPOSITIONS, help="text forms trained beside them")
+    parser.add_argument("--variants", nargs="*", default=VARIANTS, help="other forms, trained beside them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="the recipe's own number if not given")
     parser.add_argument("--seconds", type=float, default=30.0, help="for timing one size and direction")
@@ -42,6 +43,7 @@ def main() -> int:
     settings = MechanismSettings(
         out=options.out,
         mechanisms={name: text for name, text in texts.items() if not options.only or name in options.only},
+        variants=tuple(options.variants),
         compositions=tuple(options.compositions),
         seeds=options.seeds,
         epochs=options.epochs,

@@ -114,6 +114,10 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
         cells = _cells(found[card.name], study) if card.name in found else [""] * 4
         rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
     labels = {one.mechanism: one.label for one in study.results}
+    shown = {one.mechanism for one in found.values()}
+    for one in study.results:
+        if not one.best_part and one.mechanism not in shown:
+            rows.append([f"`{one.label}`", *_cells(one, study), ""])
     compositions = [
         [
             f"`{one.label}`",
@@ -205,8 +209,10 @@ def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -
     if one.difference is not None:
         points = _points(one.difference, one.half_width)
         trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
-    rates = f"{one.train_rate:,.0f} images a second in training (dense {dense.train_rate:,.0f})"
-    lines += [f"{trained}; {rates}."]
+    lines += [
+        f"{trained}. The model has {one.parameters:,} parameters and {one.flops / 1e6:.1f} MFLOPs (dense "
+        f"{dense.parameters:,} and {dense.flops / 1e6:.1f})."
+    ]
     rows = [[f"{size:,}", *_speed(one, size)] for size in study.settings["tokens"]]
     if one.name != "dense":
         lines += [markdown_table(["tokens", "forward", "forward + backward"], rows).rstrip()]

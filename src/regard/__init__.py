@@ -21,10 +21,17 @@ _EXPORTS = {
     "explain": "regard.ops",
     "Explanation": "regard.ops",
     "SlowPathWarning": "regard.ops",
+    "attention_diversification": "regard.losses",
+    "attention_diversification_of": "regard.losses",
+    "ADL": "regard.losses",
+    "TAP": "regard.mixers",
+    "TokenAwarePooling": "regard.mixers",
     "Card": "regard.cards",
     "Mechanism": "regard.specs",
     "parse_mechanism": "regard.mixers",
     "mechanisms": "regard.mixers",
+    "BiLevel": "regard.mixers",
+    "BiLevelRoutingAttention": "regard.mixers",
     "modifiers": "regard.mixers",
     "Modifier": "regard.specs",
     "Gated": "regard.mixers",
@@ -35,10 +42,19 @@ _EXPORTS = {
     "ClusteredAttention": "regard.mixers",
     "DenseAttention": "regard.mixers",
     "KNNAttention": "regard.mixers",
+    "MixtureOfHeadsAttention": "regard.mixers",
+    "MoH": "regard.mixers",
     "Multipole": "regard.mixers",
     "MultipoleAttention": "regard.mixers",
     "Neighborhood": "regard.mixers",
     "NeighborhoodAttention": "regard.mixers",
+    "EViT": "regard.reduction",
+    "KeepRateSchedule": "regard.reduction",
+    "reorganize": "regard.reduction",
+    "restore_tokens": "regard.reduction",
+    "token_map": "regard.reduction",
+    "Sparsifiner": "regard.mixers",
+    "SparsifinerAttention": "regard.mixers",
     "Proxy": "regard.mixers",
     "ProxyAttention": "regard.mixers",
     "create_model": "regard.backbones",
@@ -61,20 +77,31 @@ if TYPE_CHECKING:
     from regard.conversion import converted as converted
     from regard.conversion import restore as restore
     from regard.conversion import tune as tune
+    from regard.losses import ADL as ADL
+    from regard.losses import attention_diversification as attention_diversification
+    from regard.losses import attention_diversification_of as attention_diversification_of
     from regard.losses import collect_losses as collect_losses
     from regard.mixers import KNN as KNN
+    from regard.mixers import TAP as TAP
+    from regard.mixers import BiLevel as BiLevel
+    from regard.mixers import BiLevelRoutingAttention as BiLevelRoutingAttention
     from regard.mixers import Clustered as Clustered
     from regard.mixers import ClusteredAttention as ClusteredAttention
     from regard.mixers import Dense as Dense
     from regard.mixers import DenseAttention as DenseAttention
     from regard.mixers import Gated as Gated
     from regard.mixers import KNNAttention as KNNAttention
+    from regard.mixers import MixtureOfHeadsAttention as MixtureOfHeadsAttention
+    from regard.mixers import MoH as MoH
     from regard.mixers import Multipole as Multipole
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood
     from regard.mixers import NeighborhoodAttention as NeighborhoodAttention
     from regard.mixers import Proxy as Proxy
     from regard.mixers import ProxyAttention as ProxyAttention
+    from regard.mixers import Sparsifiner as Sparsifiner
+    from regard.mixers import SparsifinerAttention as SparsifinerAttention
+    from regard.mixers import TokenAwarePooling as TokenAwarePooling
     from regard.mixers import mechanisms as mechanisms
     from regard.mixers import modifiers as modifiers
     from regard.mixers import parse_mechanism as parse_mechanism
@@ -89,6 +116,11 @@ if TYPE_CHECKING:
     from regard.ops import multipole_attention as multipole_attention
     from regard.ops import neighborhood_attention as neighborhood_attention
     from regard.ops import routed_attention as routed_attention
+    from regard.reduction import EViT as EViT
+    from regard.reduction import KeepRateSchedule as KeepRateSchedule
+    from regard.reduction import reorganize as reorganize
+    from regard.reduction import restore_tokens as restore_tokens
+    from regard.reduction import token_map as token_map
     from regard.results import ConversionRecord as ConversionRecord
     from regard.results import Tuning as Tuning
     from regard.specs import Mechanism as Mechanism

@@ -15,8 +15,8 @@ from torch import Tensor
 _TABLES = ("pos_embed", "cls_token", "dist_token", "class_token")
 
 
-def synthetic_weight(name: str, shape: torch.Size) -> Tensor:
-    """The float32 tensor that the rule assigns to an official state_dict name."""
+def synthetic_weight(name: str, shape: torch.Size, scale: float = 1.0) -> Tensor:
+    """The float32 tensor that the rule assigns to an official state_dict name; `scale` of matrices and filters."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     leaf = name.rpartition(".")[2]
     if leaf == "running_var":
@@ -27,7 +27,7 @@ def synthetic_weight(name: str, shape: torch.Size) -> Tensor:
         return noise * 0.1 + 1 if leaf == "weight" else noise * 0.1
     if shape[0] == 1 and any(table in leaf for table in _TABLES):
         return noise * 0.02
-    return noise / math.sqrt(shape[1:].numel())
+    return scale * noise / math.sqrt(shape[1:].numel())
 
 
 def synthetic_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,23 @@ from torch import nn
 from regard import backbones
 from regard.backbones import create_model
 
+# The smallest model of TransNeXt has 12.8 million parameters in 21 blocks.
+_SHALLOW_TRANSNEXT = backbones.transnext.Architecture(
+    (1, 1, 2, 1), embed_dims=(24, 48, 48, 96), num_heads=(2, 2, 4, 4), shared=(2, 1, 1, 0), routed=(0, 1, 2, 2)
+)
+
 # family (a module of regard.backbones) -> its smallest model, and options with which it takes 64 pixels and others
 SMALLEST = {
+    "biformer": ("biformer_tiny", {"architecture": backbones.biformer.Architecture((1, 1, 2, 1))}),
     "clustr": ("clustr_b1", {}),
+    "cvt": ("cvt_13", {"architecture": backbones.cvt.Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
+    "evit": ("evit_deit_small", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "fan": ("tap_fan_hybrid_tiny", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    "so_vit": ("so_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
+    "t2t_vit": ("t2t_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "transnext": ("moh_transnext_small_80", {"architecture": _SHALLOW_TRANSNEXT}),
 }
 COUNT = 10
 
@@ -121,15 +134,16 @@ def test_features_only(family):
 
 def test_classifier(family):
     net, x = make(family), images()
-    assert net.get_classifier().out_features == COUNT and net.num_classes == COUNT
+    heads = net.get_classifier() if isinstance(net.get_classifier(), tuple) else (net.get_classifier(),)
+    assert {head.out_features for head in heads} == {COUNT} and net.num_classes == COUNT
     net.reset_classifier(3)
     assert net(x).shape == (2, 3)
     net.reset_classifier(0)
-    assert net(x).shape == (2, net.num_features) == net.forward_head(net.forward_features(x), pre_logits=True).shape
+    assert net(x).shape == (2, net.head_hidden_size) == net.forward_head(net.forward_features(x), pre_logits=True).shape
     cfg = net.pretrained_cfg
     names = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
     assert all(isinstance(make(family).get_submodule(name), nn.Linear) for name in names)
-    assert make(family, num_classes=0)(x).shape == (2, net.num_features)
+    assert make(family, num_classes=0)(x).shape == (2, net.head_hidden_size)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(family):

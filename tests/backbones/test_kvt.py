@@ -126,7 +126,14 @@ def test_topk_reaches_every_layer(topk, expected):
 
 
 def test_names_are_registered_with_timm():
-    assert timm.list_models(module="kvt") == ["kvt_deit_small", "kvt_deit_tiny"]
+    assert timm.list_models(module="kvt") == [
+        "kvt_cvt_13",
+        "kvt_deit_small",
+        "kvt_deit_tiny",
+        "kvt_so_vit_7",
+        "kvt_t2t_vit_t_14",
+        "kvt_t2t_vit_t_19",
+    ]
     assert timm.is_model("kvt_deit_tiny")
     assert regard.create_model is create_model
 

@@ -1,15 +1,21 @@
 """The test matrix: every registered mechanism with its default options, and some with others."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from regard.mixers import mechanisms, parse_mechanism
 from regard.specs import Mechanism
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # attention_cases
+
 # Further options worth the generic tests; each mechanism's defaults are in the matrix anyway.
 _MORE = (
     "knn(topk=3)",
     "knn(topk=1.0)",
+    "sparsifiner(budget=5, coefficients=0.05, basis_grid=(3, 5), official=True)",
     "knn(topk=3, tail='sample', num_samples=4)",
     "knn(topk=5, metric='euclidean')",
     "multipole(num_clusters=5, near=2, far='gaussian')",
@@ -18,6 +24,9 @@ _MORE = (
     "neighborhood(kernel_size=3, dilation=2)",
     "proxy(num_proxies=2, gamma=0.5, block_size=9, stride=2, min_tokens=0, budget='block')",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
+    "bilevel(num_regions=2, topk=1.0)",
+    "bilevel(region_size=3, topk=0.5, lce=3)",
+    "moh(shared=0, routed=2)",
 )
 
 

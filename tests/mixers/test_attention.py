@@ -7,7 +7,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from regard.mixers import AttentionMixer, DenseAttention, KNNAttention
+from regard.mixers import AttentionMixer, ClusteredAttention, DenseAttention, KNNAttention
 from regard.mixers._attention import resolve_grid
 
 DIM, HEADS = 48, 3
@@ -114,3 +114,47 @@ def test_subclass_of_a_bound_class_makes_its_own_instances():
 
     assert type(Mine(DIM)) is Mine and Mine(DIM).topk == 3
     assert type(Mine.bind(topk=4)(DIM)) is Mine and Mine.bind(topk=4)(DIM).topk == 4
+
+
+@pytest.mark.parametrize("mixer", [DenseAttention, ClusteredAttention.bind(reduction=2)])
+def test_scale_is_the_logits_factor(mixer):
+    """Another scale is the usual one with the queries' projection multiplied."""
+    torch.manual_seed(0)
+    plain = mixer(DIM, HEADS, qkv_bias=True).double()
+    scaled = mixer(DIM, HEADS, qkv_bias=True, scale=0.03).double()
+    scaled.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for parameter in (plain.qkv.weight, plain.qkv.bias):
+            parameter[:DIM] *= 0.03 * (DIM // HEADS) ** 0.5
+    x = torch.randn(2, 16, DIM, dtype=torch.float64)
+    torch.testing.assert_close(scaled(x), plain(x))
+    torch.testing.assert_close(scaled.attention_weights(x), plain.attention_weights(x))
+
+
+class EverySecond(nn.Module):
+    """Queries from all tokens, keys from every second one, values from those doubled."""
+
+    def forward(self, x, grid_size):
+        self.grid_size = grid_size
+        return x, x[:, ::2], 2 * x[:, ::2], None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_keys_can_be_projected_from_other_tokens(bias):
+    torch.manual_seed(0)
+    mixer = KNNAttention(DIM, HEADS, qkv_bias=bias, topk=3).double()
+    x = torch.randn(2, 20, DIM, dtype=torch.float64)
+    query, key, _ = mixer.heads(x)
+    _, _, value = mixer.heads(2 * x)
+    expected = mixer.attend(query, key[:, :, ::2], value[:, :, ::2], None, False, None)
+    mixer.project_from(EverySecond())
+    torch.testing.assert_close(mixer.mix(x, None, False, None), expected)
+    weights = mixer.attention_weights(x, grid_size=(4, 5))
+    assert mixer.sources.grid_size == (4, 5)
+    assert weights.shape == (2, HEADS, 20, 10) and ((weights > 0).sum(-1) == 3).all()
+    assert mixer(x).shape == x.shape
+
+
+def test_mixers_that_make_their_own_keys_are_not_given_others():
+    with pytest.raises(ValueError, match="attn_layer: ClusteredAttention makes its keys from the tokens themselves"):
+        ClusteredAttention(DIM, HEADS).project_from(EverySecond())

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from regard.results import Comparison, CostPoint, EpochRecord, TrainingRun
+from regard.specs import parse, registered, registered_modifiers
 from regard.studies import CompareSettings, Interrupted, SettingsError, compare, comparison
 
 ACCURACY = {"dense": 0.8, "knn(topk=0.5)": 0.79, "knn(topk=0.125)": 0.7, "dense + gated(kind='headwise')": 0.8}
@@ -80,6 +81,17 @@ def test_what_is_no_operator_is_not_measured_as_one(rooms, settings):
     found = quiet(settings, mechanisms=("dense", "gated(kind='headwise')"))
     assert {point.mechanism for point in found.costs} == {"dense"} and len(found.runs) == 4
     assert any("measured in training only: dense + gated(kind='headwise')" in note for note in found.notes)
+
+
+def test_all_stands_for_every_mechanism_and_modifier(rooms, settings, monkeypatch):
+    def fails(mechanism, **_):
+        raise FloatingPointError("not trained here")
+
+    monkeypatch.setattr(comparison, "_check_models", lambda *_: 81)
+    monkeypatch.setattr(comparison, "train", fails)
+    found = quiet(settings, mechanisms=("all",), seeds=1, cost_seconds=0)
+    names = [*registered(), *registered_modifiers()]
+    assert [run.mechanism for run in found.runs] == [str(parse(name)) for name in names]
 
 
 def test_the_same_folder_again_trains_nothing_and_measures_nothing(rooms, settings):

@@ -35,6 +35,7 @@ def study(tmp_path_factory):
         settings = MechanismSettings(
             tmp_path_factory.mktemp("out"),
             mechanisms={"dense": "dense", "knn": "knn(topk=3)", "gated": "gated"},
+            variants=("knn(topk=2)",),
             compositions=("knn(topk=3) + gated",),
             seeds=2,
             sides=(2, 3),
@@ -52,8 +53,8 @@ def test_every_mechanism_and_modifier_is_in_the_study():
 
 def test_what_was_trained(study):
     results = {one.label: one for one in study.results}
-    assert list(results) == ["dense", "knn(topk=3)", "dense + gated", "knn(topk=3) + gated"]
-    assert [one.name for one in study.results] == ["dense", "knn", "gated", ""]
+    assert list(results) == ["dense", "knn(topk=3)", "dense + gated", "knn(topk=2)", "knn(topk=3) + gated"]
+    assert [one.name for one in study.results] == ["dense", "knn", "gated", "", ""]
     assert results["dense"].difference is None and results["dense"].accuracies == [0.80, 0.81]
     assert results["dense + gated"].difference == pytest.approx(0.02)
     assert results["dense + gated"].half_width == pytest.approx(0.0, abs=1e-12)
@@ -62,7 +63,7 @@ def test_what_was_trained(study):
 def test_a_composition_is_held_against_the_part_that_it_beats_by_least(study):
     one = study.results[-1]
     assert one.best_part == "dense + gated(kind='elementwise')"
-    assert one.gain == pytest.approx(0.01) and one.gain_half_width == pytest.approx(0.0, abs=1e-12)
+    assert one.gain == pytest.approx(0.02) and one.gain_half_width == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_composition_of_nothing_is_refused(tmp_path):
@@ -76,7 +77,7 @@ def test_layers_and_models_are_timed_at_every_size_in_both_directions(study):
             (4, "forward"), (4, "forward+backward"), (9, "forward"), (9, "forward+backward"),
         ]  # fmt: skip
         assert all(time.seconds > 0 and 0 < time.ratio_low <= time.ratio <= time.ratio_high for time in one.times)
-    assert [one.growth is None for one in study.results] == [False, False, True, True]
+    assert [one.growth is None for one in study.results] == [False, False, True, False, True]
 
 
 def test_json_reads_back(study):
@@ -96,5 +97,6 @@ def test_pages_are_made_from_it(study, tmp_path):
         and "| `knn(topk=3) + gated` |" in pages["mechanisms.md"]
     )
     assert "(../images/mechanisms/knn.png)" in pages["knn.md"] and "dense attention's 80.5 ± 0.7 %" in pages["knn.md"]
+    assert "| `knn(topk=2)` | N^" in pages["mechanisms.md"]
     assert "Beside dense attention" in pages["gated.md"] and "images/mechanisms" not in pages["gated.md"]
     assert "Beside dense attention" not in pages["clustered.md"]

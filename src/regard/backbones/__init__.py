@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import clustr, kvt
+from regard.backbones import biformer, clustr, cvt, evit, fan, kvt, so_vit, sparsifiner, t2t_vit, transnext
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -14,8 +14,16 @@ __all__ = ["FAMILIES", "create_model", "list_models"]
 
 # One file each; importing it registers its models with timm.
 FAMILIES = (
+    biformer,
     clustr,
+    cvt,
+    evit,
+    fan,
     kvt,
+    so_vit,
+    sparsifiner,
+    t2t_vit,
+    transnext,
 )
 
 # Symbolic tracing (timm's features_only with feature_cls="fx") takes a mixer as one node: mixers look at shapes.

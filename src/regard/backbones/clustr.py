@@ -4,27 +4,19 @@ Four stages of stride 4, 8, 16 and 32. The official implementation (YtongXie/Clu
 state_dict loads through `checkpoint_filter_fn`.
 """
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
+from regard.backbones._pyramid import Grid, default_cfg
 from regard.mixers import ClusteredAttention
 
 __all__ = ["Architecture", "ClusTR", "checkpoint_filter_fn", "default_cfgs"]
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -45,22 +37,6 @@ class Architecture:
                 )
 
 
-_norm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class PatchEmbed(nn.Module):
-    """A convolution whose patches overlap, and a norm: (B, C, H, W) -> (B, H' W', D) and the grid (H', W')."""
-
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, **factory: Any) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2, **factory)
-        self.norm = nn.LayerNorm(dim, **factory)  # eps 1e-5, other than all the other norms
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[-2], x.shape[-1])
-
-
 class Mlp(nn.Module):
     """Two linear layers; between them a depthwise 3 x 3 convolution on the grid is added before the activation."""
 
@@ -79,49 +55,12 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-class Block(nn.Module):
-    def __init__(self, attn: ClusteredAttention, mlp: Mlp, drop_path: float, **factory: Any) -> None:
-        super().__init__()
-        self.norm1 = _norm(attn.dim, **factory)
-        self.attn = attn
-        self.norm2 = _norm(attn.dim, **factory)
-        self.mlp = mlp
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid_size=grid))
-        return x + self.drop_path(self.mlp(self.norm2(x), grid))
-
-
-class Stage(nn.Module):
-    """Patch embedding, blocks, norm: (B, C, H, W) -> (B, D, H', W')."""
-
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.patch_embed = patch_embed
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, grid = self.patch_embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x = block(x, grid)
-        return self.norm(x).transpose(1, 2).unflatten(2, grid).contiguous()
-
-
-class ClusTR(nn.Module):
+class ClusTR(OverlapPyramid):
     """ClusTR for images of any size.
 
     Args:
         architecture: depths and widths.
-        in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0: none.
-        global_pool: "avg", or "" to classify every place of the grid's features.
-        drop_rate: dropout before the classifier.
+        in_chans, num_classes, global_pool, drop_rate: as in Pyramid. Each stage ends in a norm of its own.
         proj_drop_rate: dropout in the MLPs and after the attention.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: of the last block, rising from 0 at the first. The authors trained with 0.1, b3 with 0.3.
@@ -144,12 +83,7 @@ class ClusTR(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.architecture = architecture
-        self.in_chans = in_chans
-        self.global_pool = _checked_pool(global_pool)
-        self.feature_info: list[dict[str, Any]] = []
         stages, channels = [], in_chans
         rates = iter(torch.linspace(0.0, drop_path_rate, sum(architecture.depths), device="cpu").tolist())
         sizes = (architecture.embed_dims, architecture.num_heads, architecture.mlp_ratios, architecture.reductions)
@@ -165,142 +99,17 @@ class ClusTR(nn.Module):
                 )
                 for _ in range(architecture.depths[i])
             ]
-            stages.append(Stage(PatchEmbed(channels, dim, kernel, stride, **factory), blocks, _norm(dim, **factory)))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            embed = PatchEmbed(channels, dim, kernel, stride, **factory)
+            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
             channels = dim
-        self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Identity()
-        self.apply(_init_weights)
-        self.reset_classifier(num_classes)
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise decay: the blocks, with a stage's embedding in its first and its norm in its
-        last; the first embedding is the stem. Coarse: the stages."""
-        if coarse:
-            return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)"}
-        blocks: list[tuple[str, tuple[int, ...] | None]] = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.patch_embed", (0,)),
-            (r"^stages\.(\d+)\.norm", MATCH_PREV_GROUP),
-        ]
-        return {"stem": r"^stages\.0\.patch_embed", "blocks": blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool)
-        self.num_classes = num_classes
-        like = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
-        self.head = nn.Identity() if head is None else head.apply(_init_weights)
-        self.head.train(self.training)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, 512, H / 32, W / 32), sizes rounded up."""
-        return self.stages(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of stages, as timm asks for them.
-
-        Args:
-            indices: which stages; an int n: the last n; None: all.
-            norm: has no effect, each stage ends in its norm.
-            stop_early: run no stage after the last of `indices`.
-            intermediates_only: do not return the last stage's output beside them.
-
-        Raises:
-            ValueError: output_fmt is not "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.stages), indices)
-        found = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in taken:
-                found.append(x)
-        return found if intermediates_only else (x, found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and the classifier, which then fits no more."""
-        taken, last = feature_take_indices(len(self.stages), indices)
-        pruned = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if pruned or prune_head:
-            self.reset_classifier(0, "")
-        return taken
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features of `forward_features` -> (B, num_classes); without pooling (B, H', W', num_classes)."""
-        x = x.mean(dim=(-2, -1)) if self.global_pool else x.permute(0, 2, 3, 1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
+        self.architecture = architecture
 
 
-def _checked_pool(global_pool: str) -> str:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")
-    return global_pool
-
-
-def _init_weights(module: nn.Module) -> None:
-    """As published: linear layers normal with deviation 0.02, convolutions by their fan-out, biases 0."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",  # the authors publish no weights
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stages.0.patch_embed.proj",
-        "classifier": "head",
-        **changes,
-    }
-
-
-default_cfgs = generate_default_cfgs({"clustr_b1": _cfg(), "clustr_b2": _cfg(), "clustr_b3": _cfg()})
+# No addresses: the authors publish no weights.
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg("stages.0.patch_embed.proj") for name in ("clustr_b1", "clustr_b2", "clustr_b3")}
+)
 
 # Official names -> ours. Stages are counted from 1 there.
 _RENAMED = (

@@ -1,9 +1,11 @@
-"""DeiT with k-NN attention (KVT, ECCV 2022, arXiv 2106.00515).
+"""k-NN attention (KVT, ECCV 2022, arXiv 2106.00515) in DeiT and in backbones that timm lacks: CvT, T2T-ViT, So-ViT.
 
-timm ships DeiT, and k-NN attention adds no parameters: the model is timm's VisionTransformer with another mixer. The
-names are those of the official implementation (damo-cv/KVT), whose checkpoints load as they are.
+k-NN attention adds no parameters: each is its family's model with another mixer, and dense weights load unchanged. Only
+the DeiT models are in the official implementation (damo-cv/KVT), whose checkpoints load as they are; for the others the
+paper's table names the model and `topk` is half of the keys.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -11,12 +13,16 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
 
+from regard.backbones import cvt, so_vit, t2t_vit
+from regard.backbones._attention import per_stage
 from regard.mixers import KNNAttention
 
 __all__ = ["checkpoint_filter_fn", "default_cfgs"]
 
 # What the official code keeps in every layer, of 197 tokens at 224 pixels.
 PUBLISHED_TOPK = 100
+# For models whose k is not known: half of the keys.
+DEFAULT_TOPK = 0.5
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
@@ -36,7 +42,16 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({"kvt_deit_tiny": _cfg(), "kvt_deit_small": _cfg()})
+default_cfgs = generate_default_cfgs(
+    {
+        "kvt_deit_tiny": _cfg(),
+        "kvt_deit_small": _cfg(),
+        "kvt_cvt_13": cvt.cfg(),
+        "kvt_so_vit_7": so_vit.cfg(),
+        "kvt_t2t_vit_t_14": t2t_vit.cfg(),
+        "kvt_t2t_vit_t_19": t2t_vit.cfg(),
+    }
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
@@ -52,7 +67,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     return vit_checkpoint_filter_fn(weights, model)
 
 
-def _create(variant: str, pretrained: bool, topk: int | float, **options: Any) -> VisionTransformer:
+def _create_deit(variant: str, pretrained: bool, topk: int | float, **options: Any) -> VisionTransformer:
     return build_model_with_cfg(
         VisionTransformer,
         variant,
@@ -68,7 +83,7 @@ def _create(variant: str, pretrained: bool, topk: int | float, **options: Any) -
 def kvt_deit_tiny(pretrained: bool = False, *, topk: int | float = PUBLISHED_TOPK, **options: Any) -> VisionTransformer:
     """KVT DeiT-Tiny, 5,717,416 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
     architecture: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("kvt_deit_tiny", pretrained, topk, **{**architecture, **options})
+    return _create_deit("kvt_deit_tiny", pretrained, topk, **{**architecture, **options})
 
 
 @register_model
@@ -77,4 +92,40 @@ def kvt_deit_small(
 ) -> VisionTransformer:
     """KVT DeiT-Small, 22,050,664 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
     architecture: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("kvt_deit_small", pretrained, topk, **{**architecture, **options})
+    return _create_deit("kvt_deit_small", pretrained, topk, **{**architecture, **options})
+
+
+@register_model
+def kvt_cvt_13(
+    pretrained: bool = False, *, topk: int | float | Sequence[int | float] = DEFAULT_TOPK, **options: Any
+) -> cvt.CvT:
+    """KVT CvT-13, 19,997,480 parameters. `topk`: keys each query keeps, an int or a fraction; at most all; one for all
+    stages or one for each. At 224 pixels the stages have 784, 196 and 50 keys (3136, 784 and 197 queries)."""
+    architecture = options.setdefault("architecture", cvt.CVT_13)
+    kept = per_stage("topk", topk, len(architecture.depths))
+    return cvt.create_cvt(
+        "kvt_cvt_13", pretrained, {"attn_layer": [KNNAttention.bind(topk=k) for k in kept], **options}
+    )
+
+
+def _create_t2t(variant: str, pretrained: bool, topk: int | float, options: dict[str, Any]) -> t2t_vit.T2TViT:
+    return t2t_vit.create_t2t_vit(variant, pretrained, {"attn_layer": KNNAttention.bind(topk=topk), **options})
+
+
+@register_model
+def kvt_t2t_vit_t_14(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
+    """KVT T2T-ViT-t-14, 21,541,070 parameters. `topk`: keys each query of a block keeps, an int or a fraction; at most
+    all. The token transformers before the blocks stay dense (`token_attn_layer` takes a mechanism for them)."""
+    return _create_t2t("kvt_t2t_vit_t_14", pretrained, topk, options)
+
+
+@register_model
+def kvt_t2t_vit_t_19(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
+    """KVT T2T-ViT-t-19, 39,172,942 parameters, otherwise as kvt_t2t_vit_t_14."""
+    return _create_t2t("kvt_t2t_vit_t_19", pretrained, topk, options)
+
+
+@register_model
+def kvt_so_vit_7(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> so_vit.SoViT:
+    """KVT So-ViT-7, 5,579,664 parameters. `topk`: keys each query keeps, an int or a fraction; at most all."""
+    return so_vit.create_so_vit("kvt_so_vit_7", pretrained, {"attn_layer": KNNAttention.bind(topk=topk), **options})

@@ -15,7 +15,7 @@ __all__ = ["Compare"]
 class Compare:
     """Compare mechanisms: accuracy over seeds under one recipe, operator cost beside it, attention maps.
 
-    With no option: dense and k-NN attention at two values of k, three seeds each, on the embedded images.
+    With no option: dense, k-NN, clustered and multipole attention, three seeds each, on the embedded images.
     """
 
     settings: Annotated[CompareSettings, tyro.conf.arg(name="")] = field(default_factory=CompareSettings)

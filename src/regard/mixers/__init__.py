@@ -1,28 +1,40 @@
 """Token mixers, one file per published mechanism: its card, its value and its module."""
 
 from regard.mixers._attention import AttentionMixer
+from regard.mixers.bilevel import BiLevel, BiLevelRoutingAttention
 from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
+from regard.mixers.moh import MixtureOfHeadsAttention, MoH
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
 from regard.mixers.proxy import Proxy, ProxyAttention
+from regard.mixers.sparsifiner import Sparsifiner, SparsifinerAttention
+from regard.mixers.tap import TAP, TokenAwarePooling
 from regard.specs import Mechanism, Modifier, parse, registered, registered_modifiers
 
 __all__ = [
     "KNN",
+    "TAP",
     "AttentionMixer",
+    "BiLevel",
+    "BiLevelRoutingAttention",
     "Clustered",
     "ClusteredAttention",
     "Dense",
     "DenseAttention",
     "Gated",
     "KNNAttention",
+    "MixtureOfHeadsAttention",
+    "MoH",
     "Multipole",
     "MultipoleAttention",
     "Neighborhood",
     "NeighborhoodAttention",
+    "Sparsifiner",
+    "SparsifinerAttention",
+    "TokenAwarePooling",
     "Proxy",
     "ProxyAttention",
     "mechanisms",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.auxiliary import Reporter
@@ -133,6 +134,7 @@ class AttentionMixer(Reporter, nn.Module):
         norm_layer: makes a norm of a number of channels.
         device, dtype: of the parameters.
         num_prefix_tokens: how many of the first tokens (class, registers) stand outside the grid.
+        scale: factor of the logits, D^-0.5 if None.
 
     Raises:
         ValueError: dim, num_heads, attn_head_dim, dim_out or num_prefix_tokens is out of range, dim is no multiple of
@@ -142,6 +144,9 @@ class AttentionMixer(Reporter, nn.Module):
 
     # True if `attend` reads the grid; it is then always given one.
     needs_grid: ClassVar[bool] = False
+    # True if each row of weights is softmax over those of its logits q.k * scale that `kept_keys` picks, q and k being
+    # what q_norm and k_norm return.
+    row_wise: bool = False
 
     def __init__(
         self,
@@ -161,6 +166,7 @@ class AttentionMixer(Reporter, nn.Module):
         dtype: torch.dtype | None = None,
         *,
         num_prefix_tokens: int = 0,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "num_heads": num_heads, "attn_head_dim": attn_head_dim, "dim_out": dim_out}
@@ -180,7 +186,10 @@ class AttentionMixer(Reporter, nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.attn_dim = num_heads * head_dim
-        self.scale = head_dim**-0.5
+        self.scale = head_dim**-0.5 if scale is None else scale
+        # Every mechanism scales its logits by D^-0.5, so that another scale is a factor of the queries.
+        self.query_factor = 1.0 if scale is None else scale * head_dim**0.5
+        self.sources: nn.Module | None = None  # see `project_from`
         self.num_prefix_tokens = num_prefix_tokens
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
@@ -227,18 +236,63 @@ class AttentionMixer(Reporter, nn.Module):
         """
         raise NotImplementedError
 
+    def kept_keys(self, logits: Tensor) -> Tensor | None:
+        """(B, H, n, M) logits of some queries, hidden keys -inf -> which keys each keeps, boolean; None: all others.
+
+        Asked of `row_wise` mechanisms only, by what looks at some rows of weights at a time.
+        """
+        return None
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> queries, keys and values, (B, H, N, D) each, normed as asked for."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        return self.q_norm(query), self.k_norm(key), value
+        return self.normed_query(query), self.k_norm(key), value
+
+    def normed_query(self, query: Tensor) -> Tensor:
+        """(B, H, N, D): queries as `attend` takes them, normed and scaled as asked for."""
+        query = self.q_norm(query)
+        return query if self.query_factor == 1.0 else query * self.query_factor
+
+    def project_from(self, sources: nn.Module) -> None:
+        """Project queries, keys and values from tokens that `sources` makes of x, no longer from x.
+
+        Args:
+            sources: (x, grid_size) -> tokens (B, N, C) for the queries, (B, M, C) each for the keys and values, and
+                the keys' grid, which `attend` is then given. The first num_prefix_tokens of each are prefix tokens.
+
+        Raises:
+            ValueError: this mechanism makes its keys from x itself.
+        """
+        if type(self).mix is not AttentionMixer.mix or type(self).heads is not AttentionMixer.heads:
+            raise ValueError(
+                f"attn_layer: {type(self).__name__} makes its keys from the tokens themselves, so no other projection "
+                "can supply them; choose a mechanism between given queries, keys and values, such as KNNAttention"
+            )
+        self.sources = sources
+
+    def projected(
+        self, x: Tensor, grid_size: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...] | None]:
+        """(B, N, C) -> queries, keys and values as `attend` takes them, and the keys' grid where it is known."""
+        if self.sources is None:
+            return *self.heads(x), grid_size
+        *tokens, grid_size = self.sources(x, grid_size)
+        weights = self.qkv.weight.split(self.attn_dim)
+        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(self.attn_dim)
+        query, key, value = (
+            F.linear(part, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for part, weight, bias in zip(tokens, weights, biases, strict=True)
+        )
+        return self.normed_query(query), self.k_norm(key), value, grid_size
 
     def mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, grid_size: tuple[int, ...] | None) -> Tensor:
         """(B, N, C) -> (B, H, N, D): the mechanism between the tokens and the output's norm, gate and projection.
 
         A mechanism whose keys are not a projection of each token overrides this, and `attention_weights` with it.
         """
-        return self.attend(*self.heads(x), attn_mask, is_causal, grid_size)
+        query, key, value, grid_size = self.projected(x, grid_size)
+        return self.attend(query, key, value, attn_mask, is_causal, grid_size)
 
     def attention_weights(
         self,
@@ -250,10 +304,12 @@ class AttentionMixer(Reporter, nn.Module):
     ) -> Tensor:
         """(B, H, N, N): the weights with which `forward`, called likewise, mixes its tokens; row i is query i's.
 
+        (B, H, N, M) where the keys are M other tokens (`project_from`).
+
         Attention is linear in its values, so identity values hand back the weights, some columns at a time.
         """
         grid_size = self._grid(x, grid_size)
-        query, key, _ = self.heads(x)
+        query, key, _, grid_size = self.projected(x, grid_size)
         batch, heads, keys, _ = key.shape
         parts = []
         for columns in torch.eye(keys, device=key.device, dtype=key.dtype).split(_WIDEST, dim=1):

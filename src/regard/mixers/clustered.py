@@ -213,7 +213,7 @@ class ClusteredAttention(AttentionMixer):
     def _query(self, x: Tensor) -> Tensor:
         bias = None if self.qkv.bias is None else self.qkv.bias[: self.attn_dim]
         query = F.linear(x, self.qkv.weight[: self.attn_dim], bias)
-        return self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        return self.normed_query(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
 
     def _key_value(self, tokens: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
         if coarse:

@@ -54,6 +54,8 @@ def _attend(
 class DenseAttention(AttentionMixer):
     """Dense attention through torch's SDPA (arXiv 1706.03762). Arguments as in AttentionMixer."""
 
+    row_wise = True
+
     def attend(
         self,
         query: Tensor,

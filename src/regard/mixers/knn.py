@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from regard.cards import Card, Evidence
 from regard.mixers._attention import AttentionMixer
 from regard.ops import knn_attention
+from regard.ops._counts import share_of
+from regard.ops._selection import kept_by_threshold
 from regard.ops.knn.api import check_metric, check_topk
 from regard.ops.knn.tail import check_tail
 from regard.specs import Mechanism, quiet, register
@@ -106,6 +108,7 @@ class KNNAttention(AttentionMixer):
         super().__init__(dim, num_heads, *args, **kwargs)
         self.topk = topk
         self.metric = metric
+        self.row_wise = metric == "dot" and tail == "drop"  # `kept_keys` knows logits only
         self.tail = tail
         self.num_samples = num_samples
 
@@ -135,6 +138,9 @@ class KNNAttention(AttentionMixer):
             num_samples=self.num_samples,
             seed=None if self.training else _SEED,
         )
+
+    def kept_keys(self, logits: Tensor) -> Tensor:
+        return kept_by_threshold(logits, share_of(self.topk, logits.shape[-1]))
 
 
 @register

@@ -48,6 +48,8 @@ CARD = Card(
         "For images (not causal, not in the paper) there is no last block: each block of queries asks with its first "
         "token, and the budget is the mean, or with budget='block' each block's own. Blocks are square tiles of the "
         "grid; class token and registers are seen by all and see everything.",
+        "The authors' code (wyxstriker/ProxyAttn) could not be read, so nothing here is compared with it; what the "
+        "paper leaves open is listed below as a choice.",
     ),
     claims=(
         "RULER, weighted average, Llama-3.1-8B: full attention 86.49; gamma 0.95 (69 % of the blocks left out) 87.43; "
@@ -55,10 +57,6 @@ CARD = Card(
         "Attention 10.3 times faster at 256K tokens, the first token 2.4 times sooner. All of it in language models.",
     ),
     claims_source="the paper; no figure is about images",
-    quirks=(
-        "Its code (wyxstriker/ProxyAttn) could not be read, so nothing here is compared with it; what the paper leaves "
-        "open is listed below as a choice.",
-    ),
     evidence=Evidence(
         identities=(
             "gamma = 1 equals dense attention, causal too",

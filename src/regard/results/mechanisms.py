@@ -28,14 +28,14 @@ class MechanismResult:
     """One mechanism, modifier or composition.
 
     Args:
-        name: of its card; empty for a composition.
+        name: of its card; empty for other forms and for compositions.
         mechanism: text form of what was trained.
         label: the same without options at their defaults.
         accuracies: test accuracy by seed.
         difference: mean of the paired differences from dense attention; None for dense attention itself.
         half_width: half of their 95 % t-interval.
-        train_rate, test_rate: images a second, medians.
         parameters: of the trained model.
+        flops: of its forward, one image.
         times: of one attention layer; of a whole small model where the mechanism changes more than the layer.
         best_part: of a composition, the one of its parts that did best; empty if it is none.
         gain, gain_half_width: mean of the paired differences from that part, and half of their 95 % t-interval.
@@ -48,9 +48,8 @@ class MechanismResult:
     accuracies: list[float] = field(default_factory=list)
     difference: float | None = None
     half_width: float | None = None
-    train_rate: float | None = None
-    test_rate: float | None = None
     parameters: int | None = None
+    flops: int | None = None
     times: list[LayerTime] = field(default_factory=list)
     growth: float | None = None
     best_part: str = ""

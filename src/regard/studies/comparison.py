@@ -13,11 +13,11 @@ from regard.benchmark import crossover, environment, measure_costs
 from regard.data import ImageData, load
 from regard.report.page import write_report
 from regard.results import AttentionMap, Comparison, Environment, EpochRecord, TrainingRun
-from regard.specs import Mechanism, parse
+from regard.specs import Mechanism, parse, registered, registered_modifiers
 from regard.studies.devices import check_device
 from regard.studies.maps import maps_of, tokens_of
 from regard.studies.progress import CompareProgress
-from regard.studies.settings import CompareSettings, SettingsError
+from regard.studies.settings import ALL_MECHANISMS, CompareSettings, SettingsError
 from regard.studies.store import RunStore
 from regard.training import Recipe, build_model, load_weights, save_weights, train
 
@@ -122,13 +122,22 @@ def _prepare(settings: CompareSettings) -> _Job:
 
 def _parse_all(texts: tuple[str, ...]) -> tuple[Mechanism, ...]:
     found = []
-    for text in texts:
+    for text in _named(texts):
         with _blaming("mechanisms"):
             mechanism = parse(text)
         if mechanism in found:
             raise SettingsError("mechanisms", f"{mechanism} is given twice")
         found.append(mechanism)
     return tuple(found)
+
+
+def _named(texts: tuple[str, ...]) -> Iterator[str]:
+    """The texts, with every mechanism and every modifier in place of ALL."""
+    for text in texts:
+        if text == ALL_MECHANISMS:
+            yield from (*registered(), *registered_modifiers())
+        else:
+            yield text
 
 
 def _check_models(settings: CompareSettings, mechanisms: tuple[Mechanism, ...], data: ImageData) -> int:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from regard.data import ImageData
 from regard.inspection import attention_maps
 from regard.mixers import AttentionMixer
+from regard.reduction.layer import reduced_blocks
 from regard.results import AttentionMap
 
 __all__ = ["choose_images", "choose_query", "maps_of", "thumbnail", "tokens_of"]
@@ -41,18 +42,35 @@ def choose_query(image: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:
 @torch.no_grad()
 def tokens_of(model: nn.Module, data: ImageData) -> int:
     """How many tokens attend to each other, at most, when the model sees one test image; 0 if none do."""
-    seen = [0]
+    return max(_tokens_by_mixer(model, data.normalise(data.test_images[:1])), default=0)
+
+
+def _tokens_by_mixer(model: nn.Module, images: Tensor) -> list[int]:
+    """How many tokens each attention mixer of the model sees, in the order in which they run."""
+    seen: list[int] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].shape[1])
 
     hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, AttentionMixer)]
     try:
-        model.eval()(data.normalise(data.test_images[:1]))
+        model.eval()(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return max(seen)
+    return seen
+
+
+def _before_reduction(model: nn.Module, images: Tensor, layer: int) -> int:
+    """The layer itself, or the last one before it that sees all tokens, if a reduction has dropped some by then."""
+    if not reduced_blocks(model):
+        return layer
+    tokens = _tokens_by_mixer(model, images)
+    index = range(len(tokens))[layer] if -len(tokens) <= layer < len(tokens) else 0
+    while index > 0 and tokens[index] < max(tokens):
+        index -= 1
+        layer = index
+    return layer
 
 
 @torch.no_grad()
@@ -63,12 +81,14 @@ def maps_of(
 
     Args:
         model: takes what `data.normalise` gives, square grid of tokens after any prefix tokens.
-        layer: index among the model's mixers, negative from the end.
+        layer: index among the model's mixers, negative from the end. Where some tokens were dropped before it, the last
+            layer before it that sees them all.
     """
     indices = choose_images(data.test_labels, count)
     images = data.test_images[indices]
     inputs = data.normalise(images)
     model.eval()
+    layer = _before_reduction(model, inputs[:1], layer)
     weights = attention_maps(model, inputs, layer=layer).mean(dim=1).float()
     predictions = model(inputs).argmax(dim=-1).tolist()
     side = math.isqrt(weights.shape[-1])

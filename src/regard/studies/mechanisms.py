@@ -18,14 +18,33 @@ from regard.specs import Composed, Mechanism, parse, registered, registered_modi
 from regard.studies.comparison import compare
 from regard.studies.settings import CompareSettings
 
-__all__ = ["COMPOSITIONS", "TRAINED", "MechanismSettings", "study_mechanisms"]
+__all__ = ["COMPOSITIONS", "TRAINED", "VARIANTS", "MechanismSettings", "study_mechanisms"]
 
 # The comparison's images have 81 tokens: options that leave a choice to make there. The others take their defaults.
 TRAINED = {
     "knn": "knn(topk=0.125)",
+    "bilevel": "bilevel(num_regions=3, topk=3)",
+    "proxy": "proxy(gamma=0.9, block_size=9, stride=1, min_tokens=9)",
+    "sparsifiner": "sparsifiner(basis_grid=(9, 9))",
+    "neighborhood": "neighborhood(kernel_size=5)",
 }
+# Other forms of the same mechanisms.
+VARIANTS = (
+    "knn(topk=0.5)",
+    "knn(topk=0.125, metric='euclidean')",
+    "knn(topk=0.125, tail='sample', num_samples=8)",
+    "gated(kind='headwise')",
+    "evit(keep_rate=0.5)",
+)
 # What no paper has, each beside its parts.
-COMPOSITIONS = ("knn(topk=0.125) + gated",)
+COMPOSITIONS = (
+    "knn(topk=0.125) + gated",
+    "knn(topk=0.125) + tap",
+    "knn(topk=0.125) + adl",
+    "knn(topk=0.125) + gated + tap",
+    "clustered + tap",
+    "multipole + evit",
+)
 _DENSE = "dense"
 _DIM, _HEADS, _DEPTH, _PATCH = 384, 6, 4, 4
 
@@ -37,7 +56,7 @@ class MechanismSettings:
     Args:
         out: folder of the comparison; the same folder again resumes.
         mechanisms: text forms of what is trained, by the card's name; each registered one if None.
-        compositions: text forms of what is trained beside them.
+        variants, compositions: text forms of what is trained beside them.
         seeds, epochs, data, model: as in CompareSettings.
         sides: of the square grids that are timed, ascending.
         seconds: for timing one size and direction.
@@ -45,6 +64,7 @@ class MechanismSettings:
 
     out: Path
     mechanisms: Mapping[str, str] | None = None
+    variants: tuple[str, ...] = VARIANTS
     compositions: tuple[str, ...] = COMPOSITIONS
     seeds: int = 3
     epochs: int | None = None
@@ -66,7 +86,9 @@ def study_mechanisms(
     values = {name: parse(text) for name, text in texts.items()}
     composed = [_composition(text) for text in settings.compositions]
     parts = [part for one in composed for part in _parts(one)]
-    everything = list(dict.fromkeys([parse(_DENSE), *values.values(), *parts, *composed]))
+    everything = list(
+        dict.fromkeys([parse(_DENSE), *values.values(), *map(parse, settings.variants), *parts, *composed])
+    )
     comparison = compare(
         CompareSettings(
             mechanisms=tuple(map(str, everything)),
@@ -86,8 +108,7 @@ def study_mechanisms(
         one.accuracies = [run.accuracy for run in summary.runs]
         if summary.difference is not None:
             one.difference, one.half_width = summary.difference.mean, summary.difference.half_width
-        one.train_rate, one.test_rate = summary.train_images_per_second, summary.test_images_per_second
-        one.parameters = summary.parameters
+        one.parameters, one.flops = summary.parameters, summary.forward_flops
     for composition in composed:
         _judge_composition(results[str(composition)], composition, comparison)
     for mechanism, times in _times(everything, settings, tell).items():

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 __all__ = [
+    "ALL_MECHANISMS",
     "DEFAULT_MECHANISMS",
     "BenchSettings",
     "CompareSettings",
@@ -15,6 +16,7 @@ __all__ = [
     "SettingsError",
 ]
 
+ALL_MECHANISMS = "all"
 DEFAULT_MECHANISMS = ("dense", "knn(topk=0.125)", "clustered", "multipole")
 
 
@@ -37,7 +39,7 @@ class CompareSettings:
     """Train one model with each mechanism, measure the operators, and write table, page and JSON.
 
     Args:
-        mechanisms: A mechanism in text form, such as 'knn(topk=0.5)'; give it once for each.
+        mechanisms: Mechanisms in text form, such as 'knn(topk=0.5)' or 'knn + gated'; 'all' stands for every one.
         data: 'embedded' (8,000 Fashion-MNIST images), an image folder, or a timm data-set string ('torch/cifar10').
         model: The model that every mechanism is put into.
         epochs: Epochs of each run; the recipe's own number if not given.

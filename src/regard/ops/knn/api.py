@@ -20,15 +20,15 @@ __all__ = ["METRICS", "OPERATOR", "check_metric", "check_topk", "knn_attention"]
 METRICS = ("dot", "euclidean")
 
 
-def check_topk(topk: int | float) -> None:
-    """Raise unless `topk` is an int >= 1 (keys) or a float in (0, 1] (fraction of the keys)."""
+def check_topk(topk: int | float, name: str = "topk") -> None:
+    """Raise unless `topk`, the argument `name`, is an int >= 1 (keys) or a float in (0, 1] (fraction of the keys)."""
     if isinstance(topk, bool) or not isinstance(topk, numbers.Real | torch.SymInt | torch.SymFloat):
-        raise TypeError(f"topk: expected an int (keys) or a float in (0, 1] (fraction), got {type(topk).__name__}")
+        raise TypeError(f"{name}: expected an int (keys) or a float in (0, 1] (fraction), got {type(topk).__name__}")
     if isinstance(topk, numbers.Integral | torch.SymInt):
         if topk < 1:
-            raise ValueError(f"topk: a row keeps at least one key, got {topk}; give an int >= 1 or a float in (0, 1]")
+            raise ValueError(f"{name}: a row keeps at least one key, got {topk}; give an int >= 1 or a float in (0, 1]")
     elif not 0.0 < topk <= 1.0:  # NaN lands here too
-        raise ValueError(f"topk: as a fraction it must lie in (0, 1], got {topk}; give an int for a number of keys")
+        raise ValueError(f"{name}: as a fraction it must lie in (0, 1], got {topk}; give an int for a number of keys")
 
 
 def check_metric(metric: str) -> None:

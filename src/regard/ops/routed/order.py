@@ -76,8 +76,8 @@ class BlockOrder:
 
     @property
     def padded(self) -> bool:
-        """Whether some blocks hold padding."""
-        return self.blocks * self.block_tokens != math.prod(self.grid_size)
+        """Whether some blocks hold padding; True where a trace leaves it open, for to ask would fix the sizes."""
+        return not _surely_equal(self.blocks * self.block_tokens, math.prod(self.grid_size))
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """(..., N, D) in the grid's order -> (..., blocks * block_tokens, D), block after block; padding is zero."""
@@ -122,6 +122,14 @@ class BlockOrder:
     def _padding(self) -> list[tuple[int, int]]:
         pairs = zip(self.block_grid, self._axes(), strict=True)
         return [(before, count * block - before - size) for count, (size, block, before) in pairs]
+
+
+def _surely_equal(one: int, other: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(one == other)
 
 
 def _along_axes(name: str, given: int | Sequence[int], grid: tuple[int, ...], least: int) -> tuple[int, ...]:

@@ -131,7 +131,10 @@ def attend_blocks(call: RoutedCall, memory: KeyBlocks, blocks: slice, rows: slic
 
 def extra_for_heads(call: RoutedCall, extra: Tensor) -> Tensor:
     """(B, H_kv, S, D) -> (B, H, 1, S, D), raised."""
-    return raised(extra).repeat_interleave(call.groups, dim=1).unsqueeze(2)
+    extra = raised(extra)
+    if call.groups != 1:  # repeating no tokens at all once is more than ONNX can reshape
+        extra = extra.repeat_interleave(call.groups, dim=1)
+    return extra.unsqueeze(2)
 
 
 @full_precision

@@ -1,0 +1,406 @@
+"""CvT, a pyramid of convolutions and attention (arXiv 2103.15808).
+
+Three stages of stride 4, 8 and 16; the last has a class token and nothing has a position embedding. Queries, keys and
+values are projected from depthwise convolutions of the tokens, those of the keys and values with stride 2, so that each
+query sees a quarter as many keys. Checkpoints of the official implementation (microsoft/CvT) load through
+`checkpoint_filter_fn`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers.activations import QuickGELU
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from regard.backbones._attention import AttnLayer, attn_layers, modify
+from regard.mixers import AttentionMixer, DenseAttention
+
+__all__ = ["CVT_13", "CVT_21", "CVT_W24", "Architecture", "CvT", "checkpoint_filter_fn", "create_cvt", "default_cfgs"]
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the stages."""
+
+    depths: tuple[int, ...]
+    embed_dims: tuple[int, ...] = (64, 192, 384)
+    num_heads: tuple[int, ...] = (1, 3, 6)
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dims", "num_heads"):
+            if len(getattr(self, name)) != len(self.depths):
+                raise ValueError(
+                    f"{name}: expected one for each of {len(self.depths)} stages, got {getattr(self, name)}"
+                )
+
+
+CVT_13 = Architecture((1, 2, 10))
+CVT_21 = Architecture((1, 4, 16))
+CVT_W24 = Architecture((2, 2, 20), embed_dims=(192, 768, 1024), num_heads=(3, 12, 16))
+
+
+class ConvEmbed(nn.Module):
+    """A convolution whose patches overlap, and a norm: (B, C, H, W) -> (B, H' W', D) and the grid (H', W')."""
+
+    def __init__(self, in_chans: int, dim: int, first: bool, **factory: Any) -> None:
+        super().__init__()
+        kernel, stride, padding = (7, 4, 2) if first else (3, 2, 1)
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride=stride, padding=padding, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[-2], x.shape[-1])
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise 3 x 3 convolution and a batch norm."""
+
+    def __init__(self, dim: int, stride: int, **factory: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=stride, padding=1, groups=dim, bias=False, **factory)
+        self.bn = nn.BatchNorm2d(dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class ConvSources(nn.Module):
+    """What queries, keys and values are projected from, see `AttentionMixer.project_from`. Prefix tokens stay."""
+
+    def __init__(self, dim: int, num_prefix_tokens: int, **factory: Any) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.query = DepthwiseConv(dim, stride=1, **factory)
+        self.key = DepthwiseConv(dim, stride=2, **factory)
+        self.value = DepthwiseConv(dim, stride=2, **factory)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
+        prefix, cells = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        cells = cells.transpose(1, 2).unflatten(2, grid)
+        maps = self.query(cells), self.key(cells), self.value(cells)
+        query, key, value = (torch.cat([prefix, part.flatten(2).transpose(1, 2)], dim=1) for part in maps)
+        return query, key, value, (maps[1].shape[-2], maps[1].shape[-1])
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normed before and added to its input."""
+
+    def __init__(self, attn: AttentionMixer, proj_drop: float, drop_path: float, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(attn.dim, **factory)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(attn.dim, **factory)
+        self.mlp = Mlp(attn.dim, 4 * attn.dim, act_layer=QuickGELU, drop=proj_drop, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), grid_size=grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Embedding, class token where there is one, blocks: (B, C, H, W) -> (B, P + H' W', D) and the grid (H', W')."""
+
+    def __init__(self, patch_embed: ConvEmbed, cls_token: nn.Parameter | None, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.patch_embed = patch_embed
+        self.cls_token = cls_token
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x, grid = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, grid, use_reentrant=False)
+            else:
+                x = block(x, grid)
+        return x, grid
+
+
+class CvT(nn.Module):
+    """CvT for images of any size.
+
+    The logits are scaled by dim^-0.5, not head_dim^-0.5, as in the official code, whose weights are trained so.
+
+    Args:
+        architecture: depths and widths.
+        in_chans: channels of the images.
+        num_classes: outputs of the classifier; 0: none.
+        global_pool: "token" (the class token), "avg" (mean of the others), or "" to classify every token.
+        attn_layer: the mechanism of the blocks, such as `regard.KNN(0.5)` or a mixer's class; one for all stages or one
+            for each. It attends between given queries, keys and values; the keys are fewer than the queries.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout in the MLPs and after the attention.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: of the last block, rising from 0 at the first block of the last stage; none in the others. The
+            authors trained with 0.1, W24 with 0.3.
+
+    Raises:
+        ValueError: global_pool is none of the three, or the mechanism makes its keys from the tokens themselves.
+        TypeError: attn_layer is neither a mechanism nor a mixer's class.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture = CVT_13,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        *,
+        attn_layer: AttnLayer | Sequence[AttnLayer] = DenseAttention,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        last = len(architecture.depths) - 1
+        layers = attn_layers(attn_layer, last + 1)
+        self.architecture = architecture
+        self.in_chans = in_chans
+        self.num_prefix_tokens = 1
+        self.feature_info: list[dict[str, Any]] = []
+        stages, channels = [], in_chans
+        sizes = zip(architecture.depths, architecture.embed_dims, architecture.num_heads, layers, strict=True)
+        for i, (depth, dim, heads, layer) in enumerate(sizes):
+            prefix = 1 if i == last else 0
+            rates = torch.linspace(0.0, drop_path_rate if i == last else 0.0, depth, device="cpu").tolist()
+            blocks = []
+            for rate in rates:
+                drops: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+                attn = layer(dim, heads, qkv_bias=True, num_prefix_tokens=prefix, scale=dim**-0.5, **drops, **factory)
+                attn.project_from(ConvSources(dim, prefix, **factory))
+                blocks.append(Block(attn, proj_drop_rate, rate, **factory))
+            cls_token = nn.Parameter(torch.zeros(1, 1, dim, **factory)) if prefix else None
+            stages.append(Stage(ConvEmbed(channels, dim, i == 0, **factory), cls_token, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            channels = dim
+        self.stages = nn.ModuleList(stages)
+        self.norm: nn.Module = nn.LayerNorm(channels, **factory)
+        self.num_features = self.head_hidden_size = channels
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Identity()
+        self.apply(_init_weights)
+        self.reset_classifier(num_classes, global_pool)
+        modify(self, attn_layer)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer-wise decay: the blocks, with a stage's embedding and class token in its first; the
+        first embedding is the stem. Coarse: the stages."""
+        stem = r"^stages\.0\.patch_embed"
+        if coarse:
+            return {"stem": stem, "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        blocks: list[tuple[str, tuple[int, ...] | None]] = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.(?:patch_embed|cls_token)", (0,)),
+            (r"^norm", MATCH_PREV_GROUP),
+        ]
+        return {"stem": stem, "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            known = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
+            if global_pool not in known:
+                raise ValueError(f"global_pool: expected one of {', '.join(map(repr, known))}, got {global_pool!r}")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
+        self.head = nn.Identity() if head is None else head.apply(_init_weights)
+        self.head.train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, 1 + H / 16 * W / 16, 384): the class token, then the grid's; normed."""
+        for i, stage in enumerate(self.stages):
+            x, grid = stage(x)
+            if i + 1 < len(self.stages):
+                x = _to_map(x, grid)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of stages on their grids, without the class token, as timm asks for them.
+
+        Args:
+            indices: which stages; an int n: the last n; None: all.
+            norm: apply the final norm to the last stage's; the others have none.
+            stop_early: run no stage after the last of `indices`.
+            intermediates_only: do not return the tokens of `forward_features` beside them.
+
+        Raises:
+            ValueError: output_fmt is not "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        found, final = [], len(self.stages) - 1
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            tokens, grid = stage(x)
+            if i == final:
+                normed = self.norm(tokens)
+            prefix = self.num_prefix_tokens if i == final else 0
+            x = _to_map((normed if norm and i == final else tokens)[:, prefix:], grid)
+            if i in taken:
+                found.append(x)
+        if intermediates_only:
+            return found
+        return (normed if i == final else tokens), found
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and with them the class token, the norm and the classifier."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        pruned = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if pruned:
+            self.num_prefix_tokens = 0
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if pruned or prune_norm:
+            self.norm = nn.Identity()
+        if pruned or prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features of `forward_features` -> (B, num_classes); without pooling (B, tokens, num_classes)."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As published: linear layers and the class token normal with deviation 0.02, biases 0, the rest torch's own."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Stage) and module.cls_token is not None:
+        trunc_normal_(module.cls_token, std=0.02)
+
+
+def cfg(**changes: Any) -> dict[str, Any]:
+    return {
+        "url": "",  # the authors' weights lie behind a page, not under an address
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.patch_embed.proj",
+        "classifier": "head",
+        **changes,
+    }
+
+
+_LARGE: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (24, 24), "crop_pct": 1.0, "crop_mode": "squash"}
+
+default_cfgs = generate_default_cfgs({"cvt_13": cfg(), "cvt_21": cfg(), "cvt_w24": cfg(**_LARGE)})
+
+# Official names -> ours.
+_RENAMED = (
+    (r"^stage(\d+)\.", r"stages.\1."),
+    (r"\.attn\.conv_proj_q\.", ".attn.sources.query."),
+    (r"\.attn\.conv_proj_k\.", ".attn.sources.key."),
+    (r"\.attn\.conv_proj_v\.", ".attn.sources.value."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Read a checkpoint of the official training script, or a bare state_dict, into our names.
+
+    Args:
+        state_dict: the file's content; the weights may stand under "state_dict" or "model", and names may carry the
+            "module." of DistributedDataParallel. A state_dict of ours stays as it is.
+        model: the model to load into.
+    """
+    weights = state_dict.get("state_dict", state_dict.get("model", state_dict))
+    renamed: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        name = name.removeprefix("module.")
+        for pattern, ours in _RENAMED:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = weight
+    # The three projections are one layer here.
+    for name in [name for name in renamed if ".attn.proj_q." in name]:
+        parts = [renamed.pop(name.replace(".proj_q.", f".proj_{which}.")) for which in "qkv"]
+        renamed[name.replace(".proj_q.", ".qkv.")] = torch.cat(parts)
+    return renamed
+
+
+def create_cvt(variant: str, pretrained: bool, options: dict[str, Any]) -> CvT:
+    """Build a variant through timm, whose registry knows its default_cfg."""
+    return build_model_with_cfg(
+        CvT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"},
+        **options,
+    )
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **options: Any) -> CvT:
+    """CvT-13, 19,997,480 parameters."""
+    return create_cvt("cvt_13", pretrained, {"architecture": CVT_13, **options})
+
+
+@register_model
+def cvt_21(pretrained: bool = False, **options: Any) -> CvT:
+    """CvT-21, 31,622,696 parameters."""
+    return create_cvt("cvt_21", pretrained, {"architecture": CVT_21, **options})
+
+
+@register_model
+def cvt_w24(pretrained: bool = False, **options: Any) -> CvT:
+    """CvT-W24, 277,196,392 parameters, for images of 384 pixels."""
+    return create_cvt("cvt_w24", pretrained, {"architecture": CVT_W24, **options})
