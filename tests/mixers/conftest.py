@@ -26,6 +26,7 @@ _MORE = (
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
     "bilevel(num_regions=2, topk=1.0)",
     "bilevel(region_size=3, topk=0.5, lce=3)",
+    "moh(shared=0, routed=2)",
 )
 
 

@@ -210,15 +210,19 @@ def test_a_query_that_is_not_finite_spoils_its_own_row_only(backend: str, bad: f
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["key", "value"])
-def test_a_key_that_is_not_finite_reaches_the_blocks_that_list_it(backend: str, bad: float, name: str) -> None:
+@pytest.mark.parametrize("query_block", [3, 1])
+def test_a_key_that_is_not_finite_reaches_the_blocks_that_list_it(
+    backend: str, bad: float, name: str, query_block: int
+) -> None:
     """And no others, where dense attention with a mask would spoil all rows."""
     query, key, value = tensors(queries=9, keys=12)
     query = query.abs() + 0.1  # so that infinity has logits of one sign
     broken = {"key": key, "value": value}
     broken[name][0, 0, 4] = bad
     blocks = torch.tensor([[0, 1], [2, 3], [3, 1]])  # the first and the last list block 1, of keys 3 to 5
+    blocks = blocks.repeat_interleave(3 // query_block, dim=0)
     with only_backend(backend):
-        output = routed_attention(query, **broken, blocks=blocks, query_block=3, key_block=3)
+        output = routed_attention(query, **broken, blocks=blocks, query_block=query_block, key_block=3)
     reached = torch.zeros(2, 2, 9, dtype=torch.bool)
     reached[0, 0, :3] = reached[0, 0, 6:] = True
     assert not torch.isfinite(output[reached]).any()
@@ -226,14 +230,15 @@ def test_a_key_that_is_not_finite_reaches_the_blocks_that_list_it(backend: str, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_gradient_of_a_nan_reaches_what_its_rows_see(backend: str) -> None:
+@pytest.mark.parametrize("query_block", [3, 1])
+def test_the_gradient_of_a_nan_reaches_what_its_rows_see(backend: str, query_block: int) -> None:
     query, key, value = (t.requires_grad_() for t in tensors(queries=9, keys=12))
-    blocks = torch.tensor([[0, 1], [2, 3], [3, 1]])
+    blocks = torch.tensor([[0, 1], [2, 3], [3, 1]]).repeat_interleave(3 // query_block, dim=0)
     broken = query.detach().clone()
     broken[0, 0, 4, 2] = math.nan
     broken.requires_grad_()
     with only_backend(backend):
-        output = routed_attention(broken, key, value, blocks=blocks, query_block=3, key_block=3)
+        output = routed_attention(broken, key, value, blocks=blocks, query_block=query_block, key_block=3)
         grads = torch.autograd.grad(output.sum(), (broken, key, value))
     assert grads[0][0, 0, 4].isnan().all() and torch.isfinite(grads[0][0, 0, :4]).all()
     for grad in grads[1:]:

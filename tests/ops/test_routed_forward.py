@@ -77,6 +77,10 @@ SHAPES = [
     (Shape(batch=1, queries=20, keys=90, dim=4, value_dim=1), 6, 11, 5),
     (Shape(batch=1, queries=40, keys=1500, dim=21, value_dim=100), 13, 400, 3),
     (Shape(batch=1, queries=40, keys=50), 1000, 1000, 1),
+    # a list for each query
+    (Shape(queries=33, keys=70, dim=24, value_dim=40), 1, 1, 17),
+    (Shape(batch=1, queries=9, keys=300, dim=64, value_dim=64), 1, 1, 200),
+    (Shape(batch=1, queries=20, keys=90, dim=4, value_dim=100), 1, 11, 5),
 ]
 SHAPE_NAMES = [f"{s}-{q}-{k}-{n}" for s, q, k, n in SHAPES]
 
@@ -107,10 +111,10 @@ def test_kernel_at_the_borders_of_its_chunks(keys: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dim", [64, 24])
-def test_kernel_of_any_strides_and_dtypes(layout: str, dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "query_block"), [(64, 20), (24, 20), (64, 1), (24, 1)])
+def test_kernel_of_any_strides_and_dtypes(layout: str, dtype: torch.dtype, dim: int, query_block: int) -> None:
     shape = Shape(queries=50, keys=60, dim=dim, value_dim=dim)
-    call = random_call(shape, 20, 8, 4, dtype=dtype, extra=3, bias="query")
+    call = random_call(shape, query_block, 8, 4, dtype=dtype, extra=3, bias="query")
     names = ("query", "key", "value", "extra_key", "extra_value")
     laid = {name: LAYOUTS[layout](getattr(call, name)) for name in names}
     bias = LAYOUTS[layout](call.extra_bias)
@@ -119,9 +123,10 @@ def test_kernel_of_any_strides_and_dtypes(layout: str, dtype: torch.dtype, dim: 
 
 
 @needs_kernels
+@pytest.mark.parametrize("query_block", [8, 1])
 @pytest.mark.parametrize("extra", [0, 2])
-def test_kernel_with_hidden_keys(extra: int) -> None:
-    call = random_call(Shape(heads=4, queries=30, keys=70), 8, 16, 3, hidden=True, extra=extra)
+def test_kernel_with_hidden_keys(extra: int, query_block: int) -> None:
+    call = random_call(Shape(heads=4, queries=30, keys=70), query_block, 16, 3, hidden=True, extra=extra)
     visible = call.visible.clone()
     visible[0, 0] = False  # rows that see nothing, but the extra keys
     call = dataclasses.replace(call, visible=visible)

@@ -95,7 +95,8 @@ class Pyramid(nn.Module):
         blocks: list[tuple[str, tuple[int, ...] | None]] = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.patch_embed", (0,)),
-            (r"^stages\.(\d+)\.norm|^norm", MATCH_PREV_GROUP),
+            (r"^stages\.(\d+)\.norm", MATCH_PREV_GROUP),
+            (r"^norm", MATCH_PREV_GROUP),
         ]
         return {"stem": stem, "blocks": blocks}
 

@@ -9,6 +9,7 @@ namespace kmeans {
 namespace knn {
 #include "knn_kernels.h"
 #include "knn_backward.h"
+#include "knn_lists.h"
 }  // namespace knn
 namespace multipole {
 #include "multipole_clusters.h"
@@ -21,6 +22,7 @@ namespace nearest {
 }  // namespace nearest
 namespace routed {
 #include "routed_rows.h"
+#include "routed_single.h"
 #include "routed_forward.h"
 #include "routed_backward.h"
 }  // namespace routed
@@ -36,7 +38,7 @@ namespace neighborhood {
 static const Kernels& table() {
   static const Kernels kernels{
       {kmeans::assign},
-      {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size},
+      {knn::forward, knn::backward, knn::reduce, knn::mask_gradient, knn::partial_size, knn::lists},
       {multipole::forward, multipole::backward, multipole::reduce, multipole::partial_size},
       {nearest::scan, nearest::finish},
       {routed::forward, routed::backward, routed::reduce, routed::partial_size},

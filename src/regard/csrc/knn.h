@@ -34,6 +34,8 @@ struct KnnKernels {
   // Float mask's gradient for mask batch and head (b, h), rows [row_begin, row_end).
   void (*mask_gradient)(const KnnProblem&, const KnnGradients&, int64_t b, int64_t h, int64_t row_begin, int64_t row_end);
   int64_t (*partial_size)(const KnnProblem&);  // floats a unit
+  // The kept keys of each row, ascending, into contiguous (batch, heads, queries, topk); -1 behind the last. Values unused.
+  void (*lists)(const KnnProblem&, int64_t* out, const Unit* units, int64_t count);
 };
 
 }  // namespace regard

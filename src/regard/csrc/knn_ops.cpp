@@ -79,11 +79,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_backward(
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
+Tensor knn_lists(const Tensor& query, const Tensor& key, std::optional<Tensor> visible, int64_t topk) {
+  std::optional<Tensor> mask;
+  if (visible.has_value()) {
+    STD_TORCH_CHECK(visible->dim() == 2, "knn_lists: expected visible (B, M)");
+    mask = torch::stable::unsqueeze(torch::stable::unsqueeze(*visible, 1), 1);
+  }
+  Tensor lists = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), topk}, ScalarType::Long);
+  if (lists.numel() == 0) return lists;
+  const KnnProblem p = describe(query, key, key, mask, topk, false, 1.0);
+  int64_t* out = static_cast<int64_t*>(lists.data_ptr());
+  int64_t parts;
+  const std::vector<Unit> units = split(p, &parts);
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+    kernels().knn.lists(p, out, units.data() + begin, end - begin);
+  });
+  return lists;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(regard, CPU, m) {
   m.impl("knn_attention", TORCH_BOX(&knn_forward));
   m.impl("knn_attention_backward", TORCH_BOX(&knn_backward));
+  m.impl("knn_lists_kernel", TORCH_BOX(&knn_lists));
 }
 
 }  // namespace regard

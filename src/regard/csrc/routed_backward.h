@@ -163,6 +163,65 @@ class BackwardTile {
   float *grad_query_, *weights_, *grad_logits_;
 };
 
+// The same of one row that has a list of its own.
+class BackwardRow {
+ public:
+  static int64_t floats(const RoutedProblem& p) {
+    return SingleRow::floats(p) + round_up(KeyList::capacity(p), W) + round_up(p.value_dim, W) + round_up(p.dim, W) + 3 * 16;
+  }
+  BackwardRow(const RoutedProblem& p, const RoutedGradients& g, const KeyList& list, Scratch& scratch)
+      : problem_(p), grads_(g), list_(list), value_padded_(round_up(p.value_dim, W)), row_(p, list, scratch),
+        gradients_(scratch.take(round_up(KeyList::capacity(p), W))), grad_output_(scratch.take(value_padded_)),
+        grad_query_(scratch.take(row_.ld)) {}
+
+  void run(int64_t batch, int64_t head, int64_t row, int64_t, HeadSums& sums) {
+    const RoutedProblem& p = problem_;
+    const int64_t keys = list_.length, padded = round_up(keys, W);
+    const Tensor4 &go = grads_.grad_output, &gq = grads_.grad_query;
+    load_row(at(go, batch, head, row), go.stride[3], go.dtype, p.value_dim, 1.0f, grad_output_);
+    divide(row_.weights, padded, row_.weigh(batch, head, row));
+    SingleRow::products(list_.values, keys, grad_output_, value_padded_, gradients_);
+    for (int64_t m = keys; m < padded; ++m) gradients_[m] = 0.0f;
+    Vec::F product = Vec::zero();
+    for (int64_t m = 0; m < padded; m += W) product = Vec::fma(Vec::load(row_.weights + m), Vec::load(gradients_ + m), product);
+    const Vec::F mean = Vec::set1(Vec::sum(product));
+    for (int64_t m = 0; m < padded; m += W) {
+      const Vec::F weight = Vec::load(row_.weights + m);
+      Vec::store(gradients_ + m, Vec::mul(weight, Vec::sub(Vec::load(gradients_ + m), mean)));
+    }
+    bias_gradient(batch, head, row, sums.now.bias);
+    by_channels(value_padded_, [&](auto nv, int64_t c) {
+      scatter<nv()>(row_.weights, list_.index, 0, keys, grad_output_ + c, sums.now.values + c, value_padded_);
+    });
+    by_channels(row_.ld, [&](auto nv, int64_t c) {
+      scatter<nv()>(gradients_, list_.index, 0, keys, row_.query + c, sums.now.keys + c, row_.ld);
+    });
+    sums.count(list_.index, keys);
+    row_.gather(gradients_, list_.keys, row_.ld, grad_query_);
+    store_row(const_cast<char*>(at(gq, batch, head, row)), gq.stride[3], gq.dtype, p.dim, p.scale, grad_query_);
+  }
+
+ private:
+  void bias_gradient(int64_t batch, int64_t head, int64_t row, float* sums) const {
+    const RoutedProblem& p = problem_;
+    if (grads_.grad_bias == nullptr) return;
+    float* per_query = grads_.grad_bias + ((batch * p.heads + head) * p.queries + row) * p.extra;
+    float* per_head = sums + head % (p.heads / p.key_heads) * p.extra;
+    for (int64_t s = 0; s < p.extra; ++s) {
+      const float gradient = gradients_[list_.first_extra + s];
+      if (p.bias_per_query) per_query[s] = gradient;
+      per_head[s] += gradient;
+    }
+  }
+
+  const RoutedProblem& problem_;
+  const RoutedGradients& grads_;
+  const KeyList& list_;
+  const int64_t value_padded_;
+  SingleRow row_;
+  float *gradients_, *grad_output_, *grad_query_;
+};
+
 static void store_tokens(const Tensor4& t, int64_t batch, int64_t head, int64_t tokens, int64_t dim, const float* sums) {
   for (int64_t m = 0; m < tokens; ++m)
     store_row(const_cast<char*>(at(t, batch, head, m)), t.stride[3], t.dtype, dim, 1.0f, sums + m * round_up(dim, W));
@@ -186,18 +245,28 @@ static int64_t partial_size(const RoutedProblem& p) { return HeadSums::size(p); 
 static void backward(
     const RoutedProblem& p, const RoutedGradients& g, const Unit* units, int64_t count, float* partial) {
   const int64_t size = partial_size(p);
-  Scratch scratch(KeyList::floats(p) + BackwardTile::floats(p) + HeadSums::floats(p) + (partial ? 0 : size + 16));
+  const bool single = p.query_block == 1;
+  Scratch scratch(KeyList::floats(p) + (single ? BackwardRow::floats(p) : BackwardTile::floats(p)) + HeadSums::floats(p) +
+                  (partial ? 0 : size + 16));
   KeyList list(p, scratch);
-  BackwardTile tile(p, g, list, scratch);
   HeadSums sums(p, scratch);
   float* own = partial ? nullptr : scratch.take(size);
-  for (const Unit* u = units; u < units + count; ++u) {
-    float* totals = partial ? partial + (u - units) * size : own;
-    sums.clear(totals);
-    by_tiles(p, *u, BackwardTile::rows_for(KeyList::capacity(p)), list,
-             [&](int64_t head, int64_t first, int64_t rows) { tile.run(u->batch, head, first, rows, sums); });
-    sums.flush_all();
-    if (partial == nullptr) store_head(p, g, *u, totals);
+  const auto run = [&](auto& rows, int64_t most) {
+    for (const Unit* u = units; u < units + count; ++u) {
+      float* totals = partial ? partial + (u - units) * size : own;
+      sums.clear(totals);
+      by_tiles(p, *u, most, list,
+               [&](int64_t head, int64_t first, int64_t here) { rows.run(u->batch, head, first, here, sums); });
+      sums.flush_all();
+      if (partial == nullptr) store_head(p, g, *u, totals);
+    }
+  };
+  if (single) {
+    BackwardRow row(p, g, list, scratch);
+    run(row, 1);
+  } else {
+    BackwardTile tile(p, g, list, scratch);
+    run(tile, BackwardTile::rows_for(KeyList::capacity(p)));
   }
 }
 

@@ -1,5 +1,5 @@
 // Routed attention, forward: a tile of query rows takes in its list a chunk of keys at a time, with a running softmax.
-// Included inside an instruction set's namespace, after routed_rows.h.
+// Included inside an instruction set's namespace, after routed_single.h.
 #pragma once
 
 class ForwardTile {
@@ -88,6 +88,7 @@ class ForwardTile {
 };
 
 static void forward(const RoutedProblem& p, const Unit* units, int64_t count) {
+  if (p.query_block == 1) return forward_single(p, units, count);
   Scratch scratch(KeyList::floats(p) + ForwardTile::floats(p));
   KeyList list(p, scratch);
   ForwardTile tile(p, list, scratch);

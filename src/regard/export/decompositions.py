@@ -96,6 +96,10 @@ def _from_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
     return BlockOrder(*map(tuple, order)).restore(tokens).contiguous()
 
 
+def _block_sums(tokens: Tensor, block_tokens: int) -> Tensor:
+    return tokens.unflatten(-2, (tokens.shape[-2] // block_tokens, block_tokens)).sum(dim=-2)
+
+
 def _kmeans(
     x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
 ) -> tuple[Tensor, Tensor]:
@@ -161,6 +165,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.routed_attention.default: _routed,
     _OPS.routed_attention_gathered.default: _routed,
     _OPS.proxy_blocks.default: _proxy_blocks,
+    _OPS.block_sums.default: _block_sums,
     _OPS.to_blocks.default: _to_blocks,
     _OPS.from_blocks.default: _from_blocks,
     _OPS.kmeans.default: _kmeans,

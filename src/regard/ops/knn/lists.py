@@ -14,7 +14,7 @@ from regard.ops import _library
 from regard.ops._arguments import autocast_off
 from regard.ops._dispatch import Operator, functorch_active
 from regard.ops._selection import kept_by_stable_sort, kept_by_threshold, raised
-from regard.ops.clustering.backends import BACKENDS, Grouping
+from regard.ops.clustering.backends import BACKENDS, Grouping, has_kernels
 
 __all__ = ["knn_lists", "knn_lists_reference"]
 
@@ -50,7 +50,7 @@ def _bind(query: Tensor, key: Tensor, *, topk: int, visible: Tensor | None = Non
             f"key: shape {tuple(key.shape)} does not fit the query's {tuple(query.shape)}; expected (B, H, M, D) and "
             "(B, H, N, D)"
         )
-    if isinstance(topk, int) and not 1 <= topk <= max(1, key.shape[2]):
+    if isinstance(topk, int) and isinstance(key.shape[2], int) and not 1 <= topk <= key.shape[2]:
         raise ValueError(f"topk: expected 1 to {key.shape[2]} keys, got {topk}")
     if visible is not None:
         if visible.dtype != torch.bool:
@@ -83,7 +83,9 @@ def _products(query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:
     return scores if visible is None else scores.masked_fill(~visible[:, None, None], float("-inf"))
 
 
-torch.library.define("regard::knn_lists", "(Tensor query, Tensor key, Tensor? visible, SymInt topk) -> Tensor")
+_SCHEMA = "(Tensor query, Tensor key, Tensor? visible, SymInt topk) -> Tensor"
+torch.library.define("regard::knn_lists", _SCHEMA)
+torch.library.define("regard::knn_lists_kernel", _SCHEMA)  # in C++, for the dtypes that kernels take
 _library.problem()  # loads the kernels
 
 
@@ -99,7 +101,9 @@ def _flops(query: tuple[int, ...], key: tuple[int, ...], *rest: object, **kwargs
     return 2 * batch * heads * rows * key[2] * dim
 
 
-def _streamed(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> Tensor:
+def _compute(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> Tensor:
+    if has_kernels(query) and query.dtype == key.dtype:
+        return torch.ops.regard.knn_lists_kernel(query, key, visible, topk)
     lists = _fake(query, key, visible, topk)
     batch, heads, rows, _ = query.shape
     step = max(1, _BLOCK // max(1, batch * heads * key.shape[2]))
@@ -122,5 +126,5 @@ def _largest(scores: Tensor, topk: int) -> Tensor:
     return index.masked_fill(index == keys, -1)
 
 
-torch.library.impl("regard::knn_lists", "CompositeExplicitAutograd", _streamed)
+torch.library.impl("regard::knn_lists", "CompositeExplicitAutograd", _compute)
 _OPERATOR = Operator("knn_lists", _bind, BACKENDS)
