@@ -74,13 +74,13 @@ def convertible(text: Mechanism | str) -> Mechanism:
     mechanism = parse_mechanism(text)
     if isinstance(mechanism, Composed):
         raise ValueError(
-            f"mechanism: '{mechanism.label}' changes more than attention; convert to '{mechanism.base.label}' and apply "
-            "the modifiers by themselves, such as regard.reorganize for evit, or build a model with its attn_layer"
+            f"mechanism: '{mechanism.label}' changes more than attention; convert to '{mechanism.base.label}' and "
+            "apply the modifiers by themselves, such as regard.reorganize for evit, or build a model with its attn_layer"
         )
     if not mechanism.converts:
         raise ValueError(
-            f"mechanism: '{mechanism.label}' needs trained weights of its own; build a model with its attn_layer instead "
-            "of converting one"
+            f"mechanism: '{mechanism.label}' needs trained weights of its own; build a model with its attn_layer "
+            "instead of converting one"
         )
     return mechanism
 
