@@ -434,7 +434,7 @@ def test_a_scripted_part_of_a_model_is_run_and_left():
     [
         ("moh", "'moh' needs trained weights of its own; build a model with its attn_layer"),
         ("knn + gated", r"'knn \+ gated' changes more than attention; convert to 'knn'"),
-        ("evit", r"'dense \+ evit' changes more than attention; .* regard.reorganize"),
+        ("evit", r"'dense \+ evit' changes more than attention; .* .regard.reorganize"),
     ],
 )
 def test_what_must_be_trained_or_changes_more_is_refused(mechanism, said):

@@ -74,8 +74,8 @@ def convertible(text: Mechanism | str) -> Mechanism:
     mechanism = parse_mechanism(text)
     if isinstance(mechanism, Composed):
         raise ValueError(
-            f"mechanism: '{mechanism.label}' changes more than attention; convert to '{mechanism.base.label}' and "
-            "apply the modifiers by themselves, such as regard.reorganize for evit, or build a model with its attn_layer"
+            f"mechanism: '{mechanism.label}' changes more than attention; convert to '{mechanism.base.label}', and "
+            "apply the modifiers by themselves (regard.reorganize for evit) or build a model with its attn_layer"
         )
     if not mechanism.converts:
         raise ValueError(
