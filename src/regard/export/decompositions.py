@@ -23,7 +23,10 @@ from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
-from regard.ops.routed import BlockOrder
+from regard.ops.routed import (
+    BlockOrder,
+    arranging,  # noqa: F401 (defines operators that are looked up below)
+)
 from regard.ops.routed.call import RoutedCall
 from regard.ops.routed.proxies import ProxyCall, proxy_lists
 from regard.ops.routed.reference import attend_blocks, key_blocks
