@@ -255,7 +255,7 @@ def test_scale():
     mixer, other = make(topk=1.0, lce=0), make(topk=1.0, lce=0, scale=DIM**-0.5)
     assert mixer.scale == (DIM // HEADS) ** -0.5
     x = tokens(16)
-    query, key, value = other.heads(x)
+    query, key, value = mixer.heads(x)
     expected = F.scaled_dot_product_attention(query, key, value, scale=DIM**-0.5).transpose(1, 2).flatten(2)
     torch.testing.assert_close(other(x), other.proj(expected))
 

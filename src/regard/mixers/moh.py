@@ -86,8 +86,9 @@ CARD = Card(
 )
 
 BALANCE_WEIGHT = 0.01
-# Tokens from which skipping is faster than multiplying by zero on a CPU; docs/notes/moh.md has the figures.
-_SKIP_FROM = 384
+# Tokens from which skipping is taken to be faster than multiplying by zero on a CPU: at 196 it was not, at 784 it was
+# (docs/notes/moh.md).
+_SKIP_FROM = 512
 # Calls of attention over which the pairs of image and routed head are spread, sorted by how many queries they have.
 _GROUPS = 4
 
@@ -292,7 +293,7 @@ class MixtureOfHeadsAttention(AttentionMixer):
             one at least.
         routed: heads that each token chooses of the others; int or float likewise.
         skip: True: logits of heads that a token did not choose are never formed. False: all heads are computed, then
-            multiplied by their gates. None: the faster one, as measured (skip on CPUs from 384 tokens). The values are
+            multiplied by their gates. None: the faster one, as measured (skip on CPUs from 512 tokens). The values are
             the same. Compiled, exported, traced, transformed or captured models, and causal attention, never skip.
         The rest is as in AttentionMixer.
 
