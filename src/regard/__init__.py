@@ -42,6 +42,8 @@ _EXPORTS = {
     "ClusteredAttention": "regard.mixers",
     "DenseAttention": "regard.mixers",
     "KNNAttention": "regard.mixers",
+    "MixtureOfHeadsAttention": "regard.mixers",
+    "MoH": "regard.mixers",
     "Multipole": "regard.mixers",
     "MultipoleAttention": "regard.mixers",
     "Neighborhood": "regard.mixers",
@@ -89,6 +91,8 @@ if TYPE_CHECKING:
     from regard.mixers import DenseAttention as DenseAttention
     from regard.mixers import Gated as Gated
     from regard.mixers import KNNAttention as KNNAttention
+    from regard.mixers import MixtureOfHeadsAttention as MixtureOfHeadsAttention
+    from regard.mixers import MoH as MoH
     from regard.mixers import Multipole as Multipole
     from regard.mixers import MultipoleAttention as MultipoleAttention
     from regard.mixers import Neighborhood as Neighborhood

@@ -11,19 +11,24 @@ from torch import nn
 
 from regard import backbones
 from regard.backbones import create_model
-from regard.backbones.cvt import Architecture
+
+# The smallest model of TransNeXt has 12.8 million parameters in 21 blocks.
+_SHALLOW_TRANSNEXT = backbones.transnext.Architecture(
+    (1, 1, 2, 1), embed_dims=(24, 48, 48, 96), num_heads=(2, 2, 4, 4), shared=(2, 1, 1, 0), routed=(0, 1, 2, 2)
+)
 
 # family (a module of regard.backbones) -> its smallest model, and options with which it takes 64 pixels and others
 SMALLEST = {
     "biformer": ("biformer_tiny", {"architecture": backbones.biformer.Architecture((1, 1, 2, 1))}),
     "clustr": ("clustr_b1", {}),
+    "cvt": ("cvt_13", {"architecture": backbones.cvt.Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
     "evit": ("evit_deit_small", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
     "fan": ("tap_fan_hybrid_tiny", {}),
     "kvt": ("kvt_deit_tiny", {"img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}),
-    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
-    "cvt": ("cvt_13", {"architecture": Architecture((1, 1, 2), (8, 16, 32), (1, 2, 4))}),
     "so_vit": ("so_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "sparsifiner": ("sparsifiner_deit_small", {"img_size": 64, "depth": 4}),
     "t2t_vit": ("t2t_vit_7", {"img_size": 64, "depth": 3, "embed_dim": 32}),
+    "transnext": ("moh_transnext_small_80", {"architecture": _SHALLOW_TRANSNEXT}),
 }
 COUNT = 10
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from synthetic import samples, synthetic_images, synthetic_state
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard.backbones import create_model
 from regard.backbones.evit import checkpoint_filter_fn
@@ -102,6 +103,14 @@ def test_options_reach_the_model(fuse, counts):
     with torch.no_grad():
         model(synthetic_images(1, 224))
     assert list(dict.fromkeys(seen)) == counts
+
+
+@pytest.mark.parametrize(("keep_rate", "published"), [(1.0, 4.6), (0.9, 4.0), (0.7, 3.0), (0.5, 2.3)])
+def test_multiply_adds_are_the_published_ones(keep_rate, published):
+    """The scores' own are too few to show: the keys are not computed again."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        create_model("evit_deit_small", keep_rate=keep_rate).eval()(torch.empty(1, 3, 224, 224))
+    assert round(counted.get_total_flops() / 2e9, 1) == published
 
 
 def test_features_only_puts_every_patch_in_its_place():

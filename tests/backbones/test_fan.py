@@ -143,11 +143,11 @@ def test_the_parity_test_would_notice_a_mistake(filled, change, monkeypatch):
 
 
 def test_official_checkpoint_loads(tmp_path, filled):
-    """A file of the training script holds two sets of weights; the averaged ones are those that were published."""
+    """A file of the training script holds two sets of weights; the authors evaluate those that are not averaged."""
     official = official_state(filled)
     assert {"blocks.0.dilation_predictor.proj.2.weight", "blocks.11.attn.kv.bias"} < official.keys()
-    plain = {name: torch.zeros_like(weight) for name, weight in official.items()}
-    content = {"epoch": 300, "state_dict": plain, "state_dict_ema": {f"module.{k}": v for k, v in official.items()}}
+    averaged = {name: torch.zeros_like(weight) for name, weight in official.items()}
+    content = {"epoch": 300, "state_dict_ema": averaged, "state_dict": {f"module.{k}": v for k, v in official.items()}}
     file = tmp_path / "tapadl.pth.tar"
     torch.save(content, file)
     model = create_model("tap_fan_tiny")

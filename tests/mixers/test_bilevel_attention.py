@@ -29,36 +29,30 @@ def make(**options):
     return BiLevelRoutingAttention(DIM, HEADS, **options).double().eval()
 
 
-def gathered(query, key, value, regions, topk, scale):
-    """Equations 2 to 6 of the paper on a grid (B, C, height, width) that the regions divide; no heads."""
-    batch, channels, height, width = query.shape
-    rows, columns = height // regions, width // regions
-
-    def regionwise(x):  # (B, S^2, n, C)
-        x = x.reshape(batch, channels, regions, rows, regions, columns).permute(0, 2, 4, 3, 5, 1)
-        return x.reshape(batch, regions**2, rows * columns, channels)
-
-    query, key, value = regionwise(query), regionwise(key), regionwise(value)
-    return query, key, value, (query.mean(2) @ key.mean(2).mT).topk(topk, dim=-1).indices, scale
-
-
-def gathered_attention(mixer, x, grid, regions, topk):
-    """What the mixer computes, written as published: K and V gathered for each region, LCE, projection."""
+def gathered(mixer, x, grid, regions, topk):
+    """What the mixer computes, written as the paper's equations 2 to 6 where regions divide the grid: the means of
+    regions choose, K and V are gathered for each region, LCE and the projection follow."""
+    rows, columns = grid[0] // regions, grid[1] // regions
     images = mixer.qkv(x).transpose(1, 2).unflatten(2, grid).chunk(3, dim=1)
-    query, key, value, chosen, scale = gathered(*images, regions, topk, mixer.scale)
-    batch, count, size, channels = query.shape
-    index = chosen[..., None, None].expand(-1, -1, -1, size, channels)
+
+    def regionwise(x):  # (B, C, h, w) -> (B, S^2, n, C)
+        x = x.unflatten(3, (regions, columns)).unflatten(2, (regions, rows))
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+    query, key, value = (regionwise(image) for image in images)
+    chosen = (query.mean(2) @ key.mean(2).mT).topk(topk, dim=-1).indices
     key, value = (
-        t.unsqueeze(1).expand(-1, count, -1, -1, -1).gather(2, index).flatten(2, 3).unflatten(-1, (HEADS, -1))
+        torch.stack([one[places].flatten(1, 2) for one, places in zip(t, chosen, strict=True)]).unflatten(
+            -1, (HEADS, -1)
+        )
         for t in (key, value)
     )
     query = query.unflatten(-1, (HEADS, -1))
-    weights = torch.einsum("brnhd,brmhd->brhnm", query * scale, key).softmax(-1)
+    weights = torch.einsum("brnhd,brmhd->brhnm", query * mixer.scale, key).softmax(-1)
     out = torch.einsum("brhnm,brmhd->brnhd", weights, value).flatten(3)
-    out = out.reshape(batch, regions, regions, grid[0] // regions, grid[1] // regions, channels)
-    out = out.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, *grid)
-    lce = F.conv2d(images[2], mixer.lepe.weight, mixer.lepe.bias, padding=mixer.lepe.padding, groups=channels)
-    return mixer.proj((out + lce).flatten(2).transpose(1, 2))
+    out = out.unflatten(2, (rows, columns)).unflatten(1, (regions, regions)).permute(0, 5, 1, 3, 2, 4)
+    lce = F.conv2d(images[2], mixer.lepe.weight, mixer.lepe.bias, padding=mixer.lepe.padding, groups=DIM)
+    return mixer.proj((out.flatten(4, 5).flatten(2, 3) + lce).flatten(2).mT)
 
 
 def region_of(grid, sizes):
@@ -79,7 +73,7 @@ def seen_by(query, key, region, topk, visible=None):
     counts = member.sum(-1, keepdim=True)
     means = [(member.double() @ t.transpose(1, 2).flatten(2)) / counts.clamp(min=1) for t in (query, key)]
     affinity = (means[0] @ means[1].mT).masked_fill(counts.mT == 0, float("-inf"))
-    order = affinity.sort(-1, descending=True, stable=True).indices[..., :topk]
+    order = affinity.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, order, True)
     return chosen[:, region][:, :, region] & visible[:, None]
 
@@ -90,7 +84,7 @@ def seen_by(query, key, region, topk, visible=None):
 def test_outputs_equal_the_gathered_form(grid, regions, topk):
     mixer = make(num_regions=regions, topk=topk, qkv_bias=True)
     x = tokens(grid[0] * grid[1])
-    torch.testing.assert_close(mixer(x, grid_size=grid), gathered_attention(mixer, x, grid, regions, topk))
+    torch.testing.assert_close(mixer(x, grid_size=grid), gathered(mixer, x, grid, regions, topk))
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
@@ -154,10 +148,6 @@ def test_one_region_of_its_own_is_window_attention():
     region = F.one_hot(region_of((6, 6), (3, 2)), 6).double() * 3.0
     query, key = (t + F.pad(region, (0, 2)) for t in (query, key))
     found = BiLevel(num_regions=(2, 3), topk=1).attend(query, key, value)
-
-    def windows(x):
-        return x.unflatten(2, (2, 3, 3, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
     x = (t.unflatten(2, (2, 3, 3, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5) for t in (query, key, value))
     expected = F.scaled_dot_product_attention(*x).unflatten(4, (3, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(2, 5)
     torch.testing.assert_close(found, expected)
@@ -265,7 +255,7 @@ def test_scale():
     mixer, other = make(topk=1.0, lce=0), make(topk=1.0, lce=0, scale=DIM**-0.5)
     assert mixer.scale == (DIM // HEADS) ** -0.5
     x = tokens(16)
-    query, key, value = other.heads(x)
+    query, key, value = mixer.heads(x)
     expected = F.scaled_dot_product_attention(query, key, value, scale=DIM**-0.5).transpose(1, 2).flatten(2)
     torch.testing.assert_close(other(x), other.proj(expected))
 
@@ -303,7 +293,6 @@ def test_only_prefix_tokens():
         ({"topk": True}, TypeError, "topk: expected an int"),
         ({"lce": 4}, ValueError, "lce: expected an odd kernel size, or 0 .*, got 4"),
         ({"lce": -1}, ValueError, "lce"),
-        ({"scale": "dim"}, TypeError, "scale"),
         ({"window": 3}, TypeError, "window"),
     ],
     ids=str,

@@ -142,6 +142,21 @@ def test_min_tokens_is_seen_by_all() -> None:
     assert ((few > 0).sum(-1) == 4).all() and ((more > 0).sum(-1) == 24).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_func_transforms(causal: bool) -> None:
+    query, key, value = drawn(2 + 35)
+    mechanism = Proxy(num_proxies=2, gamma=0.5, block_size=9, min_tokens=0)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return mechanism.attend(*tensors, grid_size=(5, 7), num_prefix_tokens=2, is_causal=causal)
+
+    torch.testing.assert_close(torch.vmap(attend)(query, key, value), attend(query, key, value))
+    found = torch.func.grad(lambda q: attend(q, key, value).square().sum())(query)
+    query.requires_grad_()
+    (expected,) = torch.autograd.grad(attend(query, key, value).square().sum(), query)
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_it_chooses_can_be_looked_at() -> None:
     query, key, _ = drawn(1 + 64, key_heads=2)
     mechanism = Proxy(gamma=0.4, block_size=16, min_tokens=0)

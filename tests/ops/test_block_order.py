@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from regard import BlockOrder
 
@@ -56,33 +55,6 @@ def test_an_empty_grid_has_no_blocks() -> None:
     order = BlockOrder((0, 4), 2)
     assert order.blocks == 0 and order.arrange(torch.zeros(1, 0, 3)).shape == (1, 0, 3)
     assert order.restore(torch.zeros(1, 0, 3)).shape == (1, 0, 3)
-
-
-@pytest.mark.parametrize(("grid", "block", "offset"), CASES)
-def test_sums_over_blocks(grid, block, offset) -> None:
-    order = BlockOrder(grid, block, offset)
-    arranged = order.arrange(torch.randn(2, torch.Size(grid).numel(), 3))
-    expected = torch.stack([part.sum(dim=1) for part in arranged.split(order.block_tokens, dim=1)], dim=1)
-    torch.testing.assert_close(order.sums(arranged), expected)
-
-
-def test_one_trace_serves_all_sizes() -> None:
-    """With and without padding: a trace that leaves the sizes open does not ask."""
-
-    def there_and_back(tokens: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
-        order = BlockOrder((rows, columns), (-(-rows // 3), 2), (0, 1))
-        arranged = order.arrange(tokens)
-        shown = order.mask()
-        assert shown is not None
-        return arranged, shown, order.sums(arranged), order.restore(arranged * 2)
-
-    torch.compiler.reset()
-    counters.clear()
-    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows, columns in ((4, 5), (6, 7), (9, 3)):
-        tokens = torch.randn(2, rows * columns, 3)
-        torch.testing.assert_close(compiled(tokens, rows, columns), there_and_back(tokens, rows, columns))
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

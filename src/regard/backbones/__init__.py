@@ -6,7 +6,7 @@ import timm
 from timm.models import is_model, register_notrace_module
 from torch import nn
 
-from regard.backbones import biformer, clustr, cvt, evit, fan, kvt, so_vit, sparsifiner, t2t_vit
+from regard.backbones import biformer, clustr, cvt, evit, fan, kvt, so_vit, sparsifiner, t2t_vit, transnext
 from regard.mixers import AttentionMixer
 from regard.specs import nearest
 
@@ -23,6 +23,7 @@ FAMILIES = (
     so_vit,
     sparsifiner,
     t2t_vit,
+    transnext,
 )
 
 # Symbolic tracing (timm's features_only with feature_cls="fx") takes a mixer as one node: mixers look at shapes.

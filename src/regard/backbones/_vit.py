@@ -119,6 +119,12 @@ class SinusoidalViT(VisionTransformer):
             self.pos_embed.requires_grad_(False)
             self.pos_embed.copy_(_sinusoid(*self.pos_embed.shape[1:]))
 
+    def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: Any = None) -> None:
+        """Take the position embedding to another grid for good; images of any size are taken without, too."""
+        super().set_input_size(img_size, patch_size)
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)  # timm before 1.0.31 makes a trained one
+
 
 def vit_cfg(**changes: Any) -> dict[str, Any]:
     """timm's description of weights for such a model."""

@@ -4,19 +4,16 @@ Four stages of stride 4, 8, 16 and 32. The official implementation (YtongXie/Clu
 state_dict loads through `checkpoint_filter_fn`.
 """
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from regard.backbones._pyramid import Grid, Pyramid, Stage, default_cfg
+from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
+from regard.backbones._pyramid import Grid, default_cfg
 from regard.mixers import ClusteredAttention
 
 __all__ = ["Architecture", "ClusTR", "checkpoint_filter_fn", "default_cfgs"]
@@ -40,22 +37,6 @@ class Architecture:
                 )
 
 
-_norm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class PatchEmbed(nn.Module):
-    """A convolution whose patches overlap, and a norm: (B, C, H, W) -> (B, H' W', D) and the grid (H', W')."""
-
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, **factory: Any) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2, **factory)
-        self.norm = nn.LayerNorm(dim, **factory)  # eps 1e-5, other than all the other norms
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[-2], x.shape[-1])
-
-
 class Mlp(nn.Module):
     """Two linear layers; between them a depthwise 3 x 3 convolution on the grid is added before the activation."""
 
@@ -74,33 +55,7 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-class Block(nn.Module):
-    def __init__(self, attn: ClusteredAttention, mlp: Mlp, drop_path: float, **factory: Any) -> None:
-        super().__init__()
-        self.norm1 = _norm(attn.dim, **factory)
-        self.attn = attn
-        self.norm2 = _norm(attn.dim, **factory)
-        self.mlp = mlp
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid_size=grid))
-        return x + self.drop_path(self.mlp(self.norm2(x), grid))
-
-
-class ClusTRStage(Stage):
-    """Patch embedding, blocks, norm: (B, C, H, W) -> (B, D, H', W')."""
-
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], norm: nn.LayerNorm) -> None:
-        super().__init__(patch_embed, blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, grid = self.patch_embed(x)
-        return self.to_map(self.norm(self.through_blocks(x, grid)), grid)
-
-
-class ClusTR(Pyramid):
+class ClusTR(OverlapPyramid):
     """ClusTR for images of any size.
 
     Args:
@@ -145,24 +100,10 @@ class ClusTR(Pyramid):
                 for _ in range(architecture.depths[i])
             ]
             embed = PatchEmbed(channels, dim, kernel, stride, **factory)
-            stages.append(ClusTRStage(embed, blocks, _norm(dim, **factory)))
+            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
             channels = dim
-        norm = nn.Identity()
-        super().__init__(stages, architecture.embed_dims, norm, in_chans, num_classes, global_pool, drop_rate)
+        super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
         self.architecture = architecture
-
-    @staticmethod
-    def initialize(module: nn.Module) -> None:
-        """As published: linear layers normal with deviation 0.02, convolutions by their fan-out, biases 0."""
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-        else:
-            return
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # No addresses: the authors publish no weights.

@@ -290,12 +290,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Read a checkpoint of the official training scripts, or a bare state_dict, into our names.
 
     Args:
-        state_dict: the file's content; the weights may stand under "state_dict_ema", "state_dict" or "model" (the first
-            of them is read, the averaged weights before the others), and names may carry the "module." of
+        state_dict: the file's content; the weights may stand under "state_dict", "state_dict_ema" or "model" (the first
+            of these is read, as the authors' evaluation does), and names may carry the "module." of
             DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into; without pooling, the predictors' weights are left out.
     """
-    for place in ("state_dict_ema", "state_dict", "model"):
+    for place in ("state_dict", "state_dict_ema", "model"):
         if place in state_dict:
             state_dict = state_dict[place]
             break

@@ -151,15 +151,19 @@ class SoViT(SinusoidalViT):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         _check_pool(self.global_pool if global_pool is None else global_pool, num_classes)
-        super().reset_classifier(num_classes, global_pool)
-        like = self.head.weight if num_classes else next(self.parameters())
-        width = self.head_hidden_size - self.embed_dim
-        head = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
-        for layer in (self.head, head):
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.head_second_order = head.train(self.training)
+        super().reset_classifier(0, global_pool)
+        self.num_classes = num_classes
+        self.head = self._classifier(self.embed_dim)
+        self.head_second_order = self._classifier(self.second_order.out_features)
+
+    def _classifier(self, width: int) -> nn.Linear | nn.Identity:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = self.second_order.start
+        head = nn.Linear(width, self.num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features of `forward_features` -> (B, num_classes). Before the classifiers, or without them: the class token

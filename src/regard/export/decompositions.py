@@ -17,7 +17,6 @@ from regard.ops._selection import kept_above_kth, raised
 from regard.ops.clustering.kmeans import assign_at_once, lloyd, spread_over_grid, start_tokens
 from regard.ops.clustering.reference import density_peaks_reference
 from regard.ops.knn.call import KNNCall
-from regard.ops.knn.euclidean import euclidean_call
 from regard.ops.knn.lists import knn_lists_reference
 from regard.ops.knn.reference import knn_attention_reference
 from regard.ops.multipole.call import MultipoleCall
@@ -25,6 +24,7 @@ from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
 from regard.ops.routed import BlockOrder
+from regard.ops.routed.arranging import block_sums_reference
 from regard.ops.routed.call import RoutedCall
 from regard.ops.routed.proxies import ProxyCall, proxy_lists
 from regard.ops.routed.reference import attend_blocks, key_blocks
@@ -58,10 +58,6 @@ def _knn(
 
 def _knn_lists(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> Tensor:
     return knn_lists_reference(query, key, visible, topk, kept=_kept)
-
-
-def _knn_euclidean(*operands: Any) -> Tensor:
-    return _heads_last(knn_attention_reference(euclidean_call(*operands), _kept))
 
 
 def _knn_blocks(*operands: Any) -> Tensor:
@@ -152,7 +148,6 @@ _OPS = torch.ops.regard
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.knn_attention.default: _knn,
     _OPS.knn_lists.default: _knn_lists,
-    _OPS.knn_attention_euclidean.default: _knn_euclidean,
     _OPS.knn_attention_blocks.default: _knn_blocks,
     _OPS.multipole_attention.default: _multipole,
     _OPS.multipole_attention_blocks.default: _multipole,
@@ -161,6 +156,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.routed_attention.default: _routed,
     _OPS.routed_attention_gathered.default: _routed,
     _OPS.proxy_blocks.default: _proxy_blocks,
+    _OPS.block_sums.default: block_sums_reference,
     _OPS.to_blocks.default: _to_blocks,
     _OPS.from_blocks.default: _from_blocks,
     _OPS.kmeans.default: _kmeans,

@@ -6,6 +6,7 @@ from regard.mixers.clustered import Clustered, ClusteredAttention
 from regard.mixers.dense import Dense, DenseAttention
 from regard.mixers.gated import Gated
 from regard.mixers.knn import KNN, KNNAttention
+from regard.mixers.moh import MixtureOfHeadsAttention, MoH
 from regard.mixers.multipole import Multipole, MultipoleAttention
 from regard.mixers.neighborhood import Neighborhood, NeighborhoodAttention
 from regard.mixers.proxy import Proxy, ProxyAttention
@@ -25,6 +26,8 @@ __all__ = [
     "DenseAttention",
     "Gated",
     "KNNAttention",
+    "MixtureOfHeadsAttention",
+    "MoH",
     "Multipole",
     "MultipoleAttention",
     "Neighborhood",

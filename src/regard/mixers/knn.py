@@ -99,7 +99,7 @@ class KNNAttention(AttentionMixer):
         topk: int | float = 0.5,
         metric: str = "dot",
         tail: str = "drop",
-        num_samples: int = 16,
+        num_samples: int = 64,
         **kwargs: Any,
     ) -> None:
         check_topk(topk)
@@ -157,7 +157,7 @@ class KNN(Mechanism):
     topk: int | float = 0.5
     metric: str = quiet("dot")
     tail: str = quiet("drop")
-    num_samples: int = quiet(16)
+    num_samples: int = quiet(64)
 
     def __post_init__(self) -> None:
         check_topk(self.topk)

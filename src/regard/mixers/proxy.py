@@ -98,19 +98,20 @@ def _shown(order: BlockOrder, visible: Tensor | None, like: Tensor) -> Tensor | 
 
 def _trimmed(lists: Tensor) -> Tensor:
     """Without the places that no list fills. Elsewhere than on the processor, or in a graph, asking would cost more."""
-    if lists.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active() or lists.numel() == 0:
-        return lists
-    if type(lists) is not Tensor:  # traced
+    traced = torch.compiler.is_compiling() or functorch_active() or type(lists) is not Tensor
+    if traced or lists.device.type != "cpu" or lists.numel() == 0:
         return lists
     return lists[..., : max(1, int((lists >= 0).sum(dim=-1).max()))]
 
 
 def _grid_of(cells: int, grid_size: tuple[int, ...] | None, is_causal: bool) -> tuple[int, ...]:
     """The queries' grid: as given, a square if they make one, else (and causally) a sequence."""
-    if grid_size is not None and not is_causal:
+    if is_causal:
+        return (cells,)
+    if grid_size is not None:
         return grid_size
     side = math.isqrt(cells)
-    return (side, side) if side * side == cells and not is_causal else (cells,)
+    return (side, side) if side * side == cells else (cells,)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from regard.ops._dispatch import Backend, Explanation, Refusal, SlowPathWarning, explain, only_backend
 from regard.ops.clustering import Clusters, density_peak_clusters, kmeans_clusters, merge_tokens
-from regard.ops.knn import knn_attention, tail_samples_for
+from regard.ops.knn import gumbel_samples, knn_attention, sampled_attention_gradients, tail_samples_for
 from regard.ops.multipole import multipole_attention
 from regard.ops.neighborhood import neighborhood_attention
 from regard.ops.routed import BlockOrder, routed_attention
@@ -16,6 +16,7 @@ __all__ = [
     "SlowPathWarning",
     "density_peak_clusters",
     "explain",
+    "gumbel_samples",
     "kmeans_clusters",
     "knn_attention",
     "merge_tokens",
@@ -23,5 +24,6 @@ __all__ = [
     "neighborhood_attention",
     "only_backend",
     "routed_attention",
+    "sampled_attention_gradients",
     "tail_samples_for",
 ]

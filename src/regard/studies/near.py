@@ -48,7 +48,8 @@ def _(mechanism: Dense, call: AttentionCall, prefix: int, grid_size: tuple[int, 
 @_share.register
 def _(mechanism: KNN, call: AttentionCall, prefix: int, grid_size: tuple[int, ...]) -> float | None:
     keys = call.key.shape[-2]
-    return share_of(mechanism.topk, keys) / keys
+    sampled = mechanism.num_samples if mechanism.tail == "sample" else 0
+    return min(share_of(mechanism.topk, keys) + sampled, keys) / keys
 
 
 @_share.register

@@ -50,7 +50,7 @@ def knn_attention(
     enable_gqa: bool = False,
     metric: str = "dot",
     tail: str = "drop",
-    num_samples: int = 16,
+    num_samples: int = 64,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Attention in which each query keeps its `topk` largest logits (KVT, arXiv 2106.00515, the "fast version").
@@ -67,7 +67,7 @@ def knn_attention(
     stand for all of them. Numerator and denominator of the softmax are unbiased, and their variance falls as
     1 / num_samples; with samples for the whole tail the result is dense attention. In one draw a small sample may be
     farther from dense attention than no tail at all. The paper's condition for a denominator within a factor 1 +- eps,
-    with probability 1 - delta, is topk^2 num_samples >= 8 M^2 eps^-2 log(4 / delta); see tail_samples_for.
+    with probability 1 - delta, is topk^2 num_samples >= 8 M^2 eps^-2 log(4 / delta); see regard.ops.tail_samples_for.
     The sample depends on seed, head, query and key alone, so the backward draws it again: all images of a batch share
     it, and 64 neighbouring queries walk the keys in one order. It runs in PyTorch, on blocks of queries, and holds no
     N x M matrix unless there is dropout.
@@ -130,7 +130,7 @@ def _bind(
     enable_gqa: bool = False,
     metric: str = "dot",
     tail: str = "drop",
-    num_samples: int = 16,
+    num_samples: int = 64,
     seed: int | Tensor | None = None,
 ) -> tuple[KNNCall, tuple[int, ...]]:
     """Check the arguments and bring them to one form; also the leading dimensions that were folded into the batch."""

@@ -1,4 +1,4 @@
-"""BlockOrder's arrange and restore as one node each in a compiled graph.
+"""BlockOrder's arrange and restore, and sums over blocks, as one node each in a compiled graph.
 
 With sizes left open, what reshaping a padded grid asks of them keeps the compiler busy for half a minute, and what it
 then knows holds for no other size.
@@ -10,20 +10,26 @@ from typing import Any
 
 from torch import Tensor
 
+from regard.ops._dispatch import functorch_active
 from regard.ops._operator import define
 from regard.ops.routed.order import BlockOrder
 
-__all__ = ["from_blocks", "to_blocks"]
+__all__ = ["block_sums", "block_sums_reference", "from_blocks", "to_blocks"]
 
 
 def to_blocks(tokens: Tensor, order: BlockOrder) -> Tensor:
     """(..., N, D) in the grid's order -> (..., blocks * block_tokens, D), block after block; padding is zero."""
-    return _to_blocks(tokens, *_described(order))
+    return order.arrange(tokens) if functorch_active() else _to_blocks(tokens, *_described(order))
 
 
 def from_blocks(tokens: Tensor, order: BlockOrder) -> Tensor:
     """The inverse of to_blocks, without the padding."""
-    return _from_blocks(tokens, *_described(order))
+    return order.restore(tokens) if functorch_active() else _from_blocks(tokens, *_described(order))
+
+
+def block_sums(tokens: Tensor, block_tokens: int) -> Tensor:
+    """(..., blocks * block_tokens, D) -> (..., blocks, D): the sum over each run of so many tokens."""
+    return _block_sums(tokens, block_tokens)
 
 
 def _described(order: BlockOrder) -> list[list[int]]:
@@ -69,10 +75,35 @@ def _gradient_of_restored(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _to_blocks(grad, *ctx.order), None, None, None
 
 
+def block_sums_reference(tokens: Tensor, block_tokens: int) -> Tensor:
+    """block_sums in PyTorch's own operations."""
+    return tokens.unflatten(-2, (tokens.shape[-2] // block_tokens, block_tokens)).sum(dim=-2)
+
+
+def _fake_sums(tokens: Tensor, block_tokens: int) -> Tensor:
+    return tokens.new_empty((*tokens.shape[:-2], tokens.shape[-2] // block_tokens, tokens.shape[-1]))
+
+
+def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.block_tokens = inputs[1]
+
+
+def _gradient_of_sums(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad.repeat_interleave(ctx.block_tokens, dim=-2), None
+
+
 _SCHEMA = "(Tensor tokens, SymInt[] grid_size, SymInt[] block_size, SymInt[] offset) -> Tensor"
 _to_blocks = define(
     "to_blocks", _SCHEMA, compute=_arrange, fake=_fake_arranged, setup=_setup, gradient=_gradient_of_arranged
 )
 _from_blocks = define(
     "from_blocks", _SCHEMA, compute=_restore, fake=_fake_restored, setup=_setup, gradient=_gradient_of_restored
+)
+_block_sums = define(
+    "block_sums",
+    "(Tensor tokens, SymInt block_tokens) -> Tensor",
+    compute=block_sums_reference,
+    fake=_fake_sums,
+    setup=_setup_sums,
+    gradient=_gradient_of_sums,
 )

@@ -76,17 +76,13 @@ class BlockOrder:
 
     @property
     def padded(self) -> bool:
-        """Whether some blocks hold padding; True where a trace leaves the sizes open."""
-        return self._sizes_are_open() or self.blocks * self.block_tokens != math.prod(self.grid_size)
+        """Whether some blocks hold padding; True where a trace leaves it open, for to ask would fix the sizes."""
+        return not _surely_equal(self.blocks * self.block_tokens, math.prod(self.grid_size))
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """(..., N, D) in the grid's order -> (..., blocks * block_tokens, D), block after block; padding is zero."""
         if tokens.dim() < 2 or tokens.shape[-2] != math.prod(self.grid_size):
             raise ValueError(f"tokens: expected (..., {math.prod(self.grid_size)}, D), got {tuple(tokens.shape)}")
-        if self._sizes_are_open():
-            source, real = self._sources(tokens.device)
-            x, hidden = tokens.index_select(-2, source), ~real.unsqueeze(-1)
-            return x & ~hidden if x.dtype == torch.bool else x.masked_fill(hidden, 0)
         lead, rank = tokens.dim() - 2, len(self.grid_size)
         x = tokens.unflatten(-2, self.grid_size)
         if self.padded:
@@ -102,8 +98,6 @@ class BlockOrder:
         places = self.blocks * self.block_tokens
         if tokens.dim() < 2 or tokens.shape[-2] != places:
             raise ValueError(f"tokens: expected (..., {places}, D), got {tuple(tokens.shape)}")
-        if self._sizes_are_open():
-            return tokens.index_select(-2, self._places(tokens.device))
         lead, rank = tokens.dim() - 2, len(self.grid_size)
         x = tokens.unflatten(-2, (*self.block_grid, *(block for _, block, _ in self._axes())))
         x = x.permute(
@@ -112,14 +106,6 @@ class BlockOrder:
         for axis, (size, _, before) in enumerate(self._axes()):
             x = x.flatten(lead + axis, lead + axis + 1).narrow(lead + axis, before, size)
         return x.flatten(lead, -2)
-
-    def sums(self, arranged: Tensor) -> Tensor:
-        """(..., blocks * block_tokens, D) as `arrange` gives it -> (..., blocks, D): sums over the tokens of each."""
-        if self._sizes_are_open():
-            block = torch.arange(self.blocks * self.block_tokens, device=arranged.device) // self.block_tokens
-            zeros = arranged.new_zeros(*arranged.shape[:-2], self.blocks, arranged.shape[-1])
-            return zeros.index_add(-2, block, arranged)
-        return arranged.unflatten(-2, (self.blocks, self.block_tokens)).sum(dim=-2)
 
     def mask(self, device: torch.device | str | None = None) -> Tensor | None:
         """(1, blocks * block_tokens) boolean for `attn_mask`, False for padding; None where there is no padding."""
@@ -133,41 +119,17 @@ class BlockOrder:
         sizes = (self.grid_size, self.block_size, self.offset)  # tuples, since __post_init__
         return list(zip(*cast(tuple[tuple[int, ...], ...], sizes), strict=True))
 
-    def _sizes_are_open(self) -> bool:
-        """Whether a trace leaves open if there is padding. To ask, or to reshape, would then fix the sizes."""
-        if not torch.compiler.is_compiling():
-            return False
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
-
-        places, tokens = self.blocks * self.block_tokens, math.prod(self.grid_size)
-        return not (statically_known_true(places == tokens) or statically_known_true(places != tokens))
-
-    def _sources(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each place: the token that stands there, some token for padding, and whether it is no padding."""
-        places = torch.arange(self.blocks * self.block_tokens, device=device)
-        block, inside = places // self.block_tokens, places % self.block_tokens
-        source, real, step = torch.zeros_like(places), torch.ones_like(places, dtype=torch.bool), 1
-        for count, (size, length, before) in reversed(list(zip(self.block_grid, self._axes(), strict=True))):
-            at = block % count * length + inside % length - before
-            real = real & (at >= 0) & (at < size)
-            source = source + at.clamp(min=0, max=size - 1) * step
-            block, inside, step = block // count, inside // length, step * size
-        return source, real
-
-    def _places(self, device: torch.device) -> Tensor:
-        """For each token: its place."""
-        tokens = torch.arange(math.prod(self.grid_size), device=device)
-        block, inside = torch.zeros_like(tokens), torch.zeros_like(tokens)
-        block_step, step = 1, 1
-        for count, (size, length, before) in reversed(list(zip(self.block_grid, self._axes(), strict=True))):
-            at = tokens % size + before
-            block, inside = block + at // length * block_step, inside + at % length * step
-            tokens, block_step, step = tokens // size, block_step * count, step * length
-        return block * self.block_tokens + inside
-
     def _padding(self) -> list[tuple[int, int]]:
         pairs = zip(self.block_grid, self._axes(), strict=True)
         return [(before, count * block - before - size) for count, (size, block, before) in pairs]
+
+
+def _surely_equal(one: int, other: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(one == other)
 
 
 def _along_axes(name: str, given: int | Sequence[int], grid: tuple[int, ...], least: int) -> tuple[int, ...]:

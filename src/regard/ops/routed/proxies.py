@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.ops._arguments import full_precision
 from regard.ops._counts import check_count
+from regard.ops._dispatch import functorch_active
 from regard.ops._selection import raised, softmax_of_kept
 
 __all__ = ["BUDGETS", "ProxyCall", "ProxyRule", "proxy_blocks", "proxy_lists"]
@@ -339,7 +340,7 @@ def proxy_blocks(
 
     Without gradient. Ties go to the lowest block. Arguments as in ProxyCall, scale 1 / sqrt(D) if None.
     """
-    return _operator(
+    operands = (
         query.detach(),
         key.detach(),
         extra_key.detach(),
@@ -355,6 +356,8 @@ def proxy_blocks(
         rule.min_blocks,
         rule.budget == "block",
     )
+    # torch.func transforms see through PyTorch's operations only.
+    return proxy_lists(ProxyCall(*operands)) if functorch_active() else _operator(*operands)
 
 
 @register_flop_formula(torch.ops.regard.proxy_blocks)
