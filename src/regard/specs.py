@@ -224,9 +224,9 @@ def register(value: _R) -> _R:
 
 
 def registered() -> dict[str, type[Mechanism]]:
-    """The known mechanisms by name, in the order in which they were registered."""
+    """The known mechanisms by name: dense attention, the measure of the others, then as they were registered."""
     _import_rooms()
-    return dict(_MECHANISMS)
+    return {_DENSE: _MECHANISMS[_DENSE], **_MECHANISMS}
 
 
 def registered_modifiers() -> dict[str, type[Modifier]]:

@@ -12,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 
 import regard.backbones
 from regard.backbones import create_model
+from regard.backbones.cvt import Architecture
 from regard.backbones.kvt import checkpoint_filter_fn
 from regard.mixers import KNNAttention
 
@@ -195,3 +196,32 @@ def test_default_cfg():
 def test_bad_topk_is_refused(topk):
     with pytest.raises(ValueError, match="topk"):
         create_model("kvt_deit_tiny", topk=topk, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["cvt_13", "t2t_vit_t_19", "so_vit_7"])
+def test_conversion_of_the_dense_model_gives_the_same(name):
+    small = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    if name == "cvt_13":
+        small = {"architecture": Architecture((1, 1, 1), embed_dims=(8, 16, 32), num_heads=(1, 2, 4))}
+    torch.manual_seed(0)
+    dense = create_model(name, num_classes=10, **small).eval()
+    knn = create_model(f"kvt_{name}", num_classes=10, topk=0.25, **small).eval()
+    knn.load_state_dict(dense.state_dict())
+    x = synthetic_images(1, 96)
+    pattern = "stages.*" if name == "cvt_13" else "blocks.*"
+    with torch.no_grad():
+        expected, before = knn(x), dense(x)
+        regard.convert(dense, {pattern: regard.KNN(0.25)}, example_inputs=x)
+        torch.testing.assert_close(dense(x), expected)
+    assert (before - expected).abs().max() > 1e-4
+
+
+def test_cvt_with_the_quoted_k_is_dense():
+    """k 1600, 400, 100 are more than the keys at 224 pixels."""
+    architecture = Architecture((1, 1, 1), embed_dims=(8, 16, 32), num_heads=(1, 2, 4))
+    dense = create_model("cvt_13", architecture=architecture).eval()
+    quoted = create_model("kvt_cvt_13", architecture=architecture, topk=(1600, 400, 100)).eval()
+    quoted.load_state_dict(dense.state_dict())
+    x = synthetic_images(1, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(quoted(x), dense(x))

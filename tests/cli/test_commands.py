@@ -80,9 +80,10 @@ def test_list_names_every_mechanism_in_a_form_that_parses(capsys):
     entries = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in entries] == [*regard.mechanisms(), *regard.modifiers()]
     knn = next(one for one in entries if one["name"] == "knn")
-    assert knn["arxiv"] == "2106.00515" and knn["options"] == {"topk": 0.5}
+    assert knn["arxiv"] == "2106.00515" and knn["options"]["topk"] == 0.5
     assert main(["list"]) == 0
-    assert "knn(topk=0.5)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "topk=0.5" in told and "+ gated(" in told
     assert regard.parse_mechanism("knn(topk=0.5)") == regard.KNN()
 
 

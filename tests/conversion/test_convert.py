@@ -427,3 +427,19 @@ def test_a_scripted_part_of_a_model_is_run_and_left():
     model = nn.Sequential(torch.jit.script(nn.Dropout(0.5)), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
     record = regard.convert(model.train(), "knn(topk=3)", example_inputs=torch.randn(2, 6, 16))
     assert len(record.converted) == 1 and model[0].training and model[1].training
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "said"),
+    [
+        ("moh", "'moh' needs trained weights of its own; build a model with its attn_layer"),
+        ("knn + gated", r"'knn \+ gated' changes more than attention; convert to 'knn'"),
+        ("evit", r"'dense \+ evit' changes more than attention; .* .regard.reorganize"),
+    ],
+)
+def test_what_must_be_trained_or_changes_more_is_refused(mechanism, said):
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=said):
+        regard.convert(model, mechanism)
+    with pytest.raises(ValueError, match=said):
+        regard.convert(model, {"blocks.0.*": mechanism})

@@ -1,5 +1,8 @@
 """What an export refuses, and the parts that stand between an operator and its decomposition."""
 
+import subprocess
+import sys
+
 import pytest
 import sympy
 import torch
@@ -69,3 +72,9 @@ def test_shares_in_whole_numbers_are_the_shares(share):
     above, below = _fraction(share)
     for whole in (1, 3, 7, 100, 196, 4097, 16385):
         assert min((above * whole + below - 1) // below, whole) == share_of(share, whole)
+
+
+def test_export_is_imported_alone():
+    """Every operator that is decomposed is defined by then, whoever else was imported."""
+    done = subprocess.run([sys.executable, "-c", "import regard.export"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

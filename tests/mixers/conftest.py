@@ -24,7 +24,6 @@ _MORE = (
     "neighborhood(kernel_size=3, dilation=2)",
     "proxy(num_proxies=2, gamma=0.5, block_size=9, stride=2, min_tokens=0, budget='block')",
     "neighborhood(kernel_size=4, stride=2, border='replicate')",
-    "bilevel(num_regions=2, topk=1.0)",
     "bilevel(region_size=3, topk=0.5, lce=3)",
     "moh(shared=0, routed=2)",
 )

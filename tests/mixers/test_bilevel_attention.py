@@ -11,6 +11,7 @@ from attention_cases import Largest
 import regard
 from regard.mixers import BiLevel, BiLevelRoutingAttention, DenseAttention, parse_mechanism
 from regard.mixers.bilevel import conv_on_grid
+from regard.ops.routed.arranging import block_sums
 
 DIM, HEADS = 24, 3
 
@@ -255,7 +256,7 @@ def test_scale():
     mixer, other = make(topk=1.0, lce=0), make(topk=1.0, lce=0, scale=DIM**-0.5)
     assert mixer.scale == (DIM // HEADS) ** -0.5
     x = tokens(16)
-    query, key, value = other.heads(x)
+    query, key, value = mixer.heads(x)
     expected = F.scaled_dot_product_attention(query, key, value, scale=DIM**-0.5).transpose(1, 2).flatten(2)
     torch.testing.assert_close(other(x), other.proj(expected))
 
@@ -271,6 +272,13 @@ def test_memory_does_not_grow_with_the_gather():
             mixer(x).square().sum().backward()
         made.append(largest.elements)
     assert made[0] == made[1] == side**2 * 3 * dim < 16 * side**2 * 2 * dim
+
+
+def test_sums_over_blocks():
+    x = tokens(12).requires_grad_()
+    torch.testing.assert_close(block_sums(x, 4), torch.stack([part.sum(1) for part in x.split(4, dim=1)], dim=1))
+    assert torch.autograd.gradcheck(lambda x: block_sums(x.square(), 4), x[:1, :, :2])
+    torch.library.opcheck(torch.ops.regard.block_sums.default, (x, 4))
 
 
 def test_only_prefix_tokens():

@@ -55,6 +55,9 @@ class Pyramid(nn.Module):
         ValueError: global_pool is neither "avg" nor "".
     """
 
+    # What global_pool may be.
+    pools: tuple[str, ...] = ("avg", "")
+
     def __init__(
         self,
         stages: Sequence[Stage],
@@ -67,7 +70,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
-        self.global_pool = checked_pool(global_pool)
+        self.global_pool = checked_pool(global_pool, self.pools)
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
         ]
@@ -109,7 +112,7 @@ class Pyramid(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is not None:
-            self.global_pool = checked_pool(global_pool)
+            self.global_pool = checked_pool(global_pool, self.pools)
         self.num_classes = num_classes
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
@@ -177,10 +180,10 @@ class Pyramid(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def checked_pool(global_pool: str) -> str:
-    """`global_pool`, if it is "avg" or ""; else ValueError."""
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")
+def checked_pool(global_pool: str, pools: Sequence[str] = Pyramid.pools) -> str:
+    """`global_pool`, if it is one of `pools`; else ValueError."""
+    if global_pool not in pools:
+        raise ValueError(f"global_pool: expected {' or '.join(map(repr, pools))}, got {global_pool!r}")
     return global_pool
 
 

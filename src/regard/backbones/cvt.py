@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.layers.activations import QuickGELU
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from regard.backbones._attention import AttnLayer, attn_layers, modify
+from regard.backbones._pyramid import Grid, Pyramid, Stage, default_cfg
+from regard.backbones._vit import unwrapped
 from regard.mixers import AttentionMixer, DenseAttention
 
 __all__ = ["CVT_13", "CVT_21", "CVT_W24", "Architecture", "CvT", "checkpoint_filter_fn", "create_cvt", "default_cfgs"]
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -110,41 +107,31 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
+class TokenStage(Stage):
     """Embedding, class token where there is one, blocks: (B, C, H, W) -> (B, P + H' W', D) and the grid (H', W')."""
 
     def __init__(self, patch_embed: ConvEmbed, cls_token: nn.Parameter | None, blocks: Sequence[Block]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.patch_embed = patch_embed
+        super().__init__(patch_embed, blocks)
         self.cls_token = cls_token
-        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         x, grid = self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x = block(x, grid)
-        return x, grid
+        return self.through_blocks(x, grid), grid
 
 
-class CvT(nn.Module):
+class CvT(Pyramid):
     """CvT for images of any size.
 
     The logits are scaled by dim^-0.5, not head_dim^-0.5, as in the official code, whose weights are trained so.
 
     Args:
         architecture: depths and widths.
-        in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0: none.
+        in_chans, num_classes, drop_rate: as in Pyramid.
         global_pool: "token" (the class token), "avg" (mean of the others), or "" to classify every token.
         attn_layer: the mechanism of the blocks, such as `regard.KNN(0.5)` or a mixer's class; one for all stages or one
             for each. It attends between given queries, keys and values; the keys are fewer than the queries.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in the MLPs and after the attention.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: of the last block, rising from 0 at the first block of the last stage; none in the others. The
@@ -154,6 +141,8 @@ class CvT(nn.Module):
         ValueError: global_pool is none of the three, or the mechanism makes its keys from the tokens themselves.
         TypeError: attn_layer is neither a mechanism nor a mixer's class.
     """
+
+    pools: tuple[str, ...] = ("token", "avg", "")
 
     def __init__(
         self,
@@ -170,14 +159,9 @@ class CvT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         last = len(architecture.depths) - 1
         layers = attn_layers(attn_layer, last + 1)
-        self.architecture = architecture
-        self.in_chans = in_chans
-        self.num_prefix_tokens = 1
-        self.feature_info: list[dict[str, Any]] = []
         stages, channels = [], in_chans
         sizes = zip(architecture.depths, architecture.embed_dims, architecture.num_heads, layers, strict=True)
         for i, (depth, dim, heads, layer) in enumerate(sizes):
@@ -190,59 +174,40 @@ class CvT(nn.Module):
                 attn.project_from(ConvSources(dim, prefix, **factory))
                 blocks.append(Block(attn, proj_drop_rate, rate, **factory))
             cls_token = nn.Parameter(torch.zeros(1, 1, dim, **factory)) if prefix else None
-            stages.append(Stage(ConvEmbed(channels, dim, i == 0, **factory), cls_token, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            stages.append(TokenStage(ConvEmbed(channels, dim, i == 0, **factory), cls_token, blocks))
             channels = dim
-        self.stages = nn.ModuleList(stages)
-        self.norm: nn.Module = nn.LayerNorm(channels, **factory)
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Identity()
-        self.apply(_init_weights)
-        self.reset_classifier(num_classes, global_pool)
+        norm = nn.LayerNorm(channels, **factory)
+        super().__init__(stages, architecture.embed_dims, norm, in_chans, num_classes, global_pool, drop_rate)
+        self.architecture = architecture
+        self.num_prefix_tokens = 1
         modify(self, attn_layer)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """As published: linear layers and the class token normal with deviation 0.02, biases 0, the rest torch's."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, TokenStage) and module.cls_token is not None:
+            trunc_normal_(module.cls_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise decay: the blocks, with a stage's embedding and class token in its first; the
-        first embedding is the stem. Coarse: the stages."""
-        stem = r"^stages\.0\.patch_embed"
-        if coarse:
-            return {"stem": stem, "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        blocks: list[tuple[str, tuple[int, ...] | None]] = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.(?:patch_embed|cls_token)", (0,)),
-            (r"^norm", MATCH_PREV_GROUP),
-        ]
-        return {"stem": stem, "blocks": blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool is not None:
-            known = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
-            if global_pool not in known:
-                raise ValueError(f"global_pool: expected one of {', '.join(map(repr, known))}, got {global_pool!r}")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
-        self.head = nn.Identity() if head is None else head.apply(_init_weights)
-        self.head.train(self.training)
+        """As in Pyramid; the class token counts to the first block of its stage."""
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"].append((r"^stages\.(\d+)\.cls_token", (0,)))
+        return groups
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, 1 + H / 16 * W / 16, 384): the class token, then the grid's; normed."""
         for i, stage in enumerate(self.stages):
             x, grid = stage(x)
             if i + 1 < len(self.stages):
-                x = _to_map(x, grid)
+                x = Stage.to_map(x, grid)
         return self.norm(x)
 
     def forward_intermediates(
@@ -254,17 +219,8 @@ class CvT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of stages on their grids, without the class token, as timm asks for them.
-
-        Args:
-            indices: which stages; an int n: the last n; None: all.
-            norm: apply the final norm to the last stage's; the others have none.
-            stop_early: run no stage after the last of `indices`.
-            intermediates_only: do not return the tokens of `forward_features` beside them.
-
-        Raises:
-            ValueError: output_fmt is not "NCHW".
-        """
+        """As in Pyramid: outputs of stages on their grids, without the class token; beside them, the tokens that
+        `forward_features` returns."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.stages), indices)
@@ -274,7 +230,7 @@ class CvT(nn.Module):
             if i == final:
                 normed = self.norm(tokens)
             prefix = self.num_prefix_tokens if i == final else 0
-            x = _to_map((normed if norm and i == final else tokens)[:, prefix:], grid)
+            x = Stage.to_map((normed if norm and i == final else tokens)[:, prefix:], grid)
             if i in taken:
                 found.append(x)
         if intermediates_only:
@@ -285,16 +241,10 @@ class CvT(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last of `indices`, and with them the class token, the norm and the classifier."""
-        taken, last = feature_take_indices(len(self.stages), indices)
-        pruned = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if pruned:
-            self.num_prefix_tokens = 0
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if pruned or prune_norm:
-            self.norm = nn.Identity()
-        if pruned or prune_head:
-            self.reset_classifier(0, "")
+        stages = len(self.stages)
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if len(self.stages) < stages:
+            self.num_prefix_tokens, self.pools = 0, Pyramid.pools
         return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -306,39 +256,10 @@ class CvT(nn.Module):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
-
-
-def _init_weights(module: nn.Module) -> None:
-    """As published: linear layers and the class token normal with deviation 0.02, biases 0, the rest torch's own."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, Stage) and module.cls_token is not None:
-        trunc_normal_(module.cls_token, std=0.02)
-
 
 def cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",  # the authors' weights lie behind a page, not under an address
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (14, 14),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stages.0.patch_embed.proj",
-        "classifier": "head",
-        **changes,
-    }
+    """Without an address: the authors' weights lie behind a page."""
+    return default_cfg("stages.0.patch_embed.proj", **{"pool_size": (14, 14), **changes})
 
 
 _LARGE: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (24, 24), "crop_pct": 1.0, "crop_mode": "squash"}
@@ -358,14 +279,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Read a checkpoint of the official training script, or a bare state_dict, into our names.
 
     Args:
-        state_dict: the file's content; the weights may stand under "state_dict" or "model", and names may carry the
-            "module." of DistributedDataParallel. A state_dict of ours stays as it is.
+        state_dict: the file's content; the weights may stand under "state_dict_ema" (taken first), "state_dict" or
+            "model", and names may carry the "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into.
     """
-    weights = state_dict.get("state_dict", state_dict.get("model", state_dict))
     renamed: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        name = name.removeprefix("module.")
+    for name, weight in unwrapped(state_dict).items():
         for pattern, ours in _RENAMED:
             name = re.sub(pattern, ours, name)
         renamed[name] = weight

@@ -99,8 +99,10 @@ def kvt_deit_small(
 def kvt_cvt_13(
     pretrained: bool = False, *, topk: int | float | Sequence[int | float] = DEFAULT_TOPK, **options: Any
 ) -> cvt.CvT:
-    """KVT CvT-13, 19,997,480 parameters. `topk`: keys each query keeps, an int or a fraction; at most all; one for all
-    stages or one for each. At 224 pixels the stages have 784, 196 and 50 keys (3136, 784 and 197 queries)."""
+    """KVT CvT-13, 19,997,480 parameters. `topk`: as in DeiT, one for all stages or one for each.
+
+    At 224 pixels the stages have 784, 196 and 50 keys for 3136, 784 and 197 queries.
+    """
     architecture = options.setdefault("architecture", cvt.CVT_13)
     kept = per_stage("topk", topk, len(architecture.depths))
     return cvt.create_cvt(
@@ -114,14 +116,16 @@ def _create_t2t(variant: str, pretrained: bool, topk: int | float, options: dict
 
 @register_model
 def kvt_t2t_vit_t_14(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
-    """KVT T2T-ViT-t-14, 21,541,070 parameters. `topk`: keys each query of a block keeps, an int or a fraction; at most
-    all. The token transformers before the blocks stay dense (`token_attn_layer` takes a mechanism for them)."""
+    """KVT T2T-ViT-t-14, 21,541,070 parameters. `topk`: as in DeiT, for the blocks.
+
+    The token transformers before the blocks stay dense; `token_attn_layer` takes a mechanism for them.
+    """
     return _create_t2t("kvt_t2t_vit_t_14", pretrained, topk, options)
 
 
 @register_model
 def kvt_t2t_vit_t_19(pretrained: bool = False, *, topk: int | float = DEFAULT_TOPK, **options: Any) -> t2t_vit.T2TViT:
-    """KVT T2T-ViT-t-19, 39,172,942 parameters, otherwise as kvt_t2t_vit_t_14."""
+    """KVT T2T-ViT-t-19, 39,172,942 parameters. `topk`: as in DeiT, for the blocks."""
     return _create_t2t("kvt_t2t_vit_t_19", pretrained, topk, options)
 
 

@@ -53,10 +53,10 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
         table.add_column(heading, no_wrap=heading == "text form", overflow="fold")
     for one in entries:
         options = [f"{name}={value!r}" for name, value in one["options"].items()]
-        form = f"{one['name']}({', '.join(options)})" if options else one["name"]
-        form = f"+ {form}" if one["modifies"] else form
+        name = f"+ {one['name']}" if one["modifies"] else one["name"]
+        form = f"{name}({', '.join(options)})" if options else name
         if len(form) > _FORM_WIDTH:  # one option a line: the terminal may be 80 columns wide
-            form = ",\n  ".join([f"{one['name']}(\n  {options[0]}", *options[1:]]) + ")"
+            form = ",\n  ".join([f"{name}(\n  {options[0]}", *options[1:]]) + ")"
         table.add_row(form, f"{one['title']} ({one['venue']}, {one['arxiv']})", one["cost"], one["summary"])
     console = Console(file=sys.stdout, highlight=False, markup=False)
     console.print(table)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from regard.mixers import parse_mechanism
-from regard.specs import Mechanism, nearest
+from regard.specs import Composed, Mechanism, nearest
 
 __all__ = ["Choice", "convertible"]
 
@@ -72,10 +72,15 @@ def convertible(text: Mechanism | str) -> Mechanism:
         ValueError: it does, or a modifier is part of it; or as parse_mechanism. TypeError: as parse_mechanism.
     """
     mechanism = parse_mechanism(text)
+    if isinstance(mechanism, Composed):
+        raise ValueError(
+            f"mechanism: '{mechanism.label}' changes more than attention; convert to '{mechanism.base.label}', and "
+            "apply the modifiers by themselves (regard.reorganize for evit) or build a model with its attn_layer"
+        )
     if not mechanism.converts:
         raise ValueError(
-            f"mechanism: '{mechanism.label}' needs trained weights of its own, or changes more than attention; build a "
-            "model with its attn_layer (and apply) instead of converting one"
+            f"mechanism: '{mechanism.label}' needs trained weights of its own; build a model with its attn_layer "
+            "instead of converting one"
         )
     return mechanism
 

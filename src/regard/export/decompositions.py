@@ -23,7 +23,8 @@ from regard.ops.multipole.call import MultipoleCall
 from regard.ops.multipole.reference import multipole_attention_reference
 from regard.ops.neighborhood.call import NeighborhoodCall
 from regard.ops.neighborhood.reference import neighborhood_attention_reference
-from regard.ops.routed import BlockOrder, arranging  # noqa: F401  (arranging: registers its operators)
+from regard.ops.routed import BlockOrder
+from regard.ops.routed.arranging import block_sums_reference
 from regard.ops.routed.call import RoutedCall
 from regard.ops.routed.proxies import ProxyCall, proxy_lists
 from regard.ops.routed.reference import attend_blocks, key_blocks
@@ -91,10 +92,6 @@ def _from_blocks(tokens: Tensor, *order: Sequence[int]) -> Tensor:
     return BlockOrder(*map(tuple, order)).restore(tokens).contiguous()
 
 
-def _block_sums(tokens: Tensor, block_tokens: int) -> Tensor:
-    return tokens.unflatten(-2, (tokens.shape[-2] // block_tokens, block_tokens)).sum(dim=-2)
-
-
 def _kmeans(
     x: Tensor, mask: Tensor | None, num_clusters: int, iterations: int, grid_size: list[int] | None
 ) -> tuple[Tensor, Tensor]:
@@ -159,7 +156,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _OPS.routed_attention.default: _routed,
     _OPS.routed_attention_gathered.default: _routed,
     _OPS.proxy_blocks.default: _proxy_blocks,
-    _OPS.block_sums.default: _block_sums,
+    _OPS.block_sums.default: block_sums_reference,
     _OPS.to_blocks.default: _to_blocks,
     _OPS.from_blocks.default: _from_blocks,
     _OPS.kmeans.default: _kmeans,

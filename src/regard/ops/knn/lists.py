@@ -114,16 +114,27 @@ def _compute(query: Tensor, key: Tensor, visible: Tensor | None, topk: int) -> T
 
 
 def _largest(scores: Tensor, topk: int) -> Tensor:
-    """(..., M) -> (..., topk): the lists. A row is sorted as a whole only where a tie is cut."""
+    """(..., M) -> (..., topk): the lists."""
+    keys = scores.shape[-1]
+    index = _chosen(scores, topk) if scores.device.type == "cpu" else _sorted(scores, topk)
+    hidden = scores.gather(-1, index) == float("-inf")
+    index = index.masked_fill(hidden, keys).sort(dim=-1).values
+    return index.masked_fill(index == keys, -1)
+
+
+def _sorted(scores: Tensor, topk: int) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+
+
+def _chosen(scores: Tensor, topk: int) -> Tensor:
+    """Sorts a row as a whole only where a tie is cut: cheaper, where looking for ties waits for no device."""
     keys = scores.shape[-1]
     found = scores.topk(min(topk + 1, keys), dim=-1)
     index = found.indices[..., :topk]
     if topk < keys:
         cut = ~(found.values[..., topk - 1] > found.values[..., topk])  # NaN too
-        index[cut] = scores[cut].sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    hidden = scores.gather(-1, index) == float("-inf")
-    index = index.masked_fill(hidden, keys).sort(dim=-1).values
-    return index.masked_fill(index == keys, -1)
+        index[cut] = _sorted(scores[cut], topk)
+    return index
 
 
 torch.library.impl("regard::knn_lists", "CompositeExplicitAutograd", _compute)

@@ -58,9 +58,10 @@ def row_weights(call: KNNCall, scores: Tensor, first: int, select: Callable[[Ten
     """
     kept = select(ranking(call, scores), call.topk)
     if call.num_samples and call.seed is not None:
-        order = orders_of_rows(call.seed, scores.shape[1], first, first + scores.shape[2], scores.shape[3])
-        if call.attn_mask is None and not call.is_causal and isinstance(scores.shape[3], int):
-            order = order[..., : call.topk + call.num_samples]  # enough are left without the kept ones
+        queries, keys = scores.shape[2:]
+        everywhere = call.attn_mask is None and not call.is_causal and isinstance(keys, int)
+        enough = call.topk + call.num_samples if everywhere else None  # for of these at most topk are kept
+        order = orders_of_rows(call.seed, scores.shape[1], first, first + queries, keys, enough)
         scores, kept = with_sampled_tail(scores, kept, call.num_samples, order)
     return softmax_of_kept(scores, kept)
 

@@ -85,7 +85,7 @@ def tail_samples_for(keys: int, topk: int, *, eps: float, delta: float) -> int:
     return min(math.ceil(wanted * (tail + 1) / (wanted + tail)), tail) if tail else 0
 
 
-def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int) -> Tensor:
+def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int, walked: int | None = None) -> Tensor:
     """(H, last - first, M) int64: the order in which queries `first` to `last - 1` of each head walk the keys.
 
     A counter-based draw: it depends on seed, head, query // QUERIES_PER_ORDER and key alone, so that a backward, a
@@ -93,6 +93,7 @@ def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int) -
 
     Args:
         seed: int64 scalar.
+        walked: so many keys of the order alone.
     """
 
     def numbers(begin: int, end: int) -> Tensor:
@@ -105,7 +106,10 @@ def orders_of_rows(seed: Tensor, heads: int, first: int, last: int, keys: int) -
     state = _mixed(_mixed(seed % _WORD) ^ (seed // _WORD))
     for counter in (numbers(0, heads)[:, None, None], numbers(begin, end)[:, None], numbers(0, keys)):
         state = _mixed(state ^ _mixed(counter + 1))
-    return state.argsort(dim=-1).index_select(1, numbers(first, last) // QUERIES_PER_ORDER - begin)
+    order = state.argsort(dim=-1)
+    if walked is not None:
+        order = order[..., :walked]
+    return order.index_select(1, numbers(first, last) // QUERIES_PER_ORDER - begin)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from regard.ops._dispatch import functorch_active
 from regard.ops._operator import define
 from regard.ops.routed.order import BlockOrder
 
-__all__ = ["block_sums", "from_blocks", "to_blocks"]
+__all__ = ["block_sums", "block_sums_reference", "from_blocks", "to_blocks"]
 
 
 def to_blocks(tokens: Tensor, order: BlockOrder) -> Tensor:
@@ -75,7 +75,8 @@ def _gradient_of_restored(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _to_blocks(grad, *ctx.order), None, None, None
 
 
-def _sums(tokens: Tensor, block_tokens: int) -> Tensor:
+def block_sums_reference(tokens: Tensor, block_tokens: int) -> Tensor:
+    """block_sums in PyTorch's own operations."""
     return tokens.unflatten(-2, (tokens.shape[-2] // block_tokens, block_tokens)).sum(dim=-2)
 
 
@@ -101,7 +102,7 @@ _from_blocks = define(
 _block_sums = define(
     "block_sums",
     "(Tensor tokens, SymInt block_tokens) -> Tensor",
-    compute=_sums,
+    compute=block_sums_reference,
     fake=_fake_sums,
     setup=_setup_sums,
     gradient=_gradient_of_sums,
