@@ -23,6 +23,7 @@ __all__ = ["COMPOSITIONS", "TRAINED", "VARIANTS", "MechanismSettings", "study_me
 # The comparison's images have 81 tokens: options that leave a choice to make there. The others take their defaults.
 TRAINED = {
     "knn": "knn(topk=0.125)",
+    "moh": "moh(shared=0, routed=1)",
     "bilevel": "bilevel(num_regions=3, topk=3)",
     "proxy": "proxy(gamma=0.9, block_size=9, stride=1, min_tokens=9)",
     "sparsifiner": "sparsifiner(basis_grid=(9, 9))",
@@ -33,6 +34,7 @@ VARIANTS = (
     "knn(topk=0.5)",
     "knn(topk=0.125, metric='euclidean')",
     "knn(topk=0.125, tail='sample', num_samples=8)",
+    "moh",
     "gated(kind='headwise')",
     "evit(keep_rate=0.5)",
 )
