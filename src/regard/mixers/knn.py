@@ -70,8 +70,16 @@ CARD = Card(
             "a tail sampled whole equals dense attention, one of which nothing is sampled k-NN attention",
             "numerator and denominator with a sampled tail are unbiased, their variance falls as 1 / num_samples",
         ),
-        parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9",
-        parameters={"kvt_deit_tiny": 5_717_416, "kvt_deit_small": 22_050_664},
+        parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9; the "
+        "backbones CvT-13, T2T-ViT and So-ViT-7 likewise against their own official code, with dense attention",
+        parameters={
+            "kvt_deit_tiny": 5_717_416,
+            "kvt_deit_small": 22_050_664,
+            "kvt_cvt_13": 19_997_480,
+            "kvt_t2t_vit_t_14": 21_541_070,
+            "kvt_t2t_vit_t_19": 39_172_942,
+            "kvt_so_vit_7": 5_579_664,
+        },
         trained="`regard compare` trains it beside dense attention on real images, with several seeds",
     ),
 )
