@@ -70,8 +70,8 @@ CARD = Card(
             "a tail sampled whole equals dense attention, one of which nothing is sampled k-NN attention",
             "numerator and denominator with a sampled tail are unbiased, their variance falls as 1 / num_samples",
         ),
-        parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9; the "
-        "backbones CvT-13, T2T-ViT and So-ViT-7 likewise against their own official code, with dense attention",
+        parity="damo-cv/KVT at fd84745, vit_deit_tiny_patch16_224 on synthetic weights: float64 logits within 1e-9; "
+        "the backbones CvT-13, T2T-ViT and So-ViT-7 likewise against their own official code, with dense attention",
         parameters={
             "kvt_deit_tiny": 5_717_416,
             "kvt_deit_small": 22_050_664,
