@@ -31,6 +31,6 @@ def test_lesser_instruction_sets_pass_the_same_tests(name: str) -> None:
         pytest.skip(f"this machine has {seen.stdout.strip()} at most")
     chosen = ["-k", "not (pytorch or blocks or derivatives or compiles or opcheck)", *(str(HERE / f) for f in FILES)]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *chosen], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-x", *chosen], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-3000:]

@@ -52,7 +52,7 @@ def test_operators_and_mixers_under_the_oldest_torch(folder):
     assert run(python, "-c", CHECK, **path).startswith("2.11.")
     rooms = ("tests/ops", "tests/mixers", "tests/backbones", "tests/conversion")
     said = run(
-        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *rooms),
+        *(python, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *rooms),
         cwd=ROOT,
         **path,
     )

@@ -21,6 +21,7 @@ INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("sanitizers"),  # one worker builds the kernels for all
     pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs a C++ compiler on Linux"),
 ]
 
@@ -109,7 +110,7 @@ def test_operators_under_sanitizers(tmp_path, environment, kernels, instruction_
     # torch.compile's own compiler and tracing are not what is tested here
     tests = ("tests/ops", "-k", "not compile", "-p", "no:cacheprovider")
     try:
-        said = run(sys.executable, "-m", "pytest", "-q", *tests, cwd=ROOT, **chosen)
+        said = run(sys.executable, "-m", "pytest", "-q", "-n0", *tests, cwd=ROOT, **chosen)
     except AssertionError as failure:
         reports = "\n".join(path.read_text(errors="replace")[:8000] for path in tmp_path.glob("report*"))
         raise AssertionError(f"{failure}\n{reports}") from None
