@@ -112,12 +112,15 @@ def evidence_table(cards: list[Card], study: MechanismStudy) -> str:
     for card in cards:
         parity = card.evidence.parity or ("no official code" if not card.official else "none held")
         cells = _cells(found[card.name], study) if card.name in found else [""] * 4
-        rows.append([f"[`{card.name}`](mechanisms/{card.name}.md)", *cells, parity.replace("|", "\\|")])
+        name = f"[`{card.name}`](mechanisms/{card.name}.md)"
+        if card.name in found and found[card.name].label not in (card.name, f"dense + {card.name}"):
+            name += f" as `{found[card.name].label}`"
+        rows.append([name, *cells, parity.replace("|", "\\|")])
     labels = {one.mechanism: one.label for one in study.results}
     shown = {one.mechanism for one in found.values()}
     for one in study.results:
         if not one.best_part and one.mechanism not in shown:
-            rows.append([f"`{one.label}`", *_cells(one, study), ""])
+            rows.append([f"`{one.label if '(' in one.label else one.mechanism}`", *_cells(one, study), ""])
     compositions = [
         [
             f"`{one.label}`",

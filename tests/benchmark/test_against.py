@@ -40,7 +40,7 @@ def checkout(tmp_path) -> Path:
     git(root, "init", "-q", "-b", "main")
     ops = root / "src" / "regard" / "ops" / "__init__.py"
     text = ops.read_text()
-    ops.write_text(text.replace('    "knn_attention",\n', "").replace("import knn_attention\n", "import api\n"))
+    ops.write_text(text.replace('    "knn_attention",\n', "") + "\ndel knn_attention\n")
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "old")
     ops.write_text(text)
