@@ -14,6 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from regard.report.labels import labelled
 from regard.report.maps import draw_rows, map_rows
 from regard.report.picture import raster
 from regard.report.style import looks
@@ -66,9 +67,10 @@ def main() -> int:
 def draw(study: MechanismStudy, comparison: Comparison) -> None:
     """One picture a mechanism: whom one token of each of three images looks at, beside dense attention."""
     PICTURES.mkdir(parents=True, exist_ok=True)
+    comparison = labelled(comparison)
     rows, styles = map_rows(comparison)[:ROWS], looks(comparison)
     for name, one in study.by_name().items():
-        columns = list(dict.fromkeys(["dense", one.mechanism]))
+        columns = list(dict.fromkeys(["dense", one.label]))
         figure = draw_rows([{m: row[m] for m in columns} for row in rows], columns, styles)
         path = PICTURES / f"{name}.png"
         temporary = path.with_name(path.name + ".part")
