@@ -163,6 +163,7 @@ def _explained(study: MechanismStudy) -> str:
         f"difference in points with its 95 % t-interval. {place.machine}, {place.threads} threads, "
         f"torch {place.torch}, regard {place.commit}, {place.date[:10]}; `{study.command}` makes all of this anew."
     )
+    text = " ".join([text, *study.notes])
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -210,8 +211,9 @@ def beside_dense(one: MechanismResult, study: MechanismStudy, *, picture: str) -
         ]
     trained = f"`{one.label}`, trained: {_accuracy(one)}"
     if one.difference is not None:
-        points = _points(one.difference, one.half_width)
+        points, _, none_shown = _points(one.difference, one.half_width).partition(", ")
         trained += f" against dense attention's {_accuracy(dense)}, a paired difference of {points} points"
+        trained += f" ({none_shown})" if none_shown else ""
     lines += [
         f"{trained}. The model has {one.parameters:,} parameters and {one.flops / 1e6:.1f} MFLOPs (dense "
         f"{dense.parameters:,} and {dense.flops / 1e6:.1f})."

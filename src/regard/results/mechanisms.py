@@ -66,12 +66,14 @@ class MechanismStudy:
         environment: where it ran.
         results: in the order of the registry; compositions last.
         command: the command that reproduces it.
+        notes: what a reader must know beside the figures, one sentence each.
     """
 
     settings: dict[str, Any]
     environment: Environment
     results: list[MechanismResult] = field(default_factory=list)
     command: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         return to_json(dataclasses.asdict(self))

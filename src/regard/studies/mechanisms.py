@@ -122,6 +122,7 @@ def study_mechanisms(
         {**recipe, "tokens": [side * side for side in settings.sides], "dim": _DIM, "heads": _HEADS, "depth": _DEPTH},
         environment(),
         list(results.values()),
+        notes=list(comparison.notes),
     )
     return study, comparison
 
