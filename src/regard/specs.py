@@ -70,6 +70,11 @@ class _Value:
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields)
         return f"{self.name}({options})" if options else self.name
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options and their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
     def _is_default(self, field: "dataclasses.Field[Any]") -> bool:
         return repr(getattr(self, field.name)) == repr(field.default)
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.auxiliary import Reporter
-from regard.specs import nearest
+from regard.specs import Mechanism, nearest
 
-__all__ = ["GATES", "AttentionMixer", "check_gated", "resolve_grid"]
+__all__ = ["GATES", "AttentionMixer", "MechanismMixer", "check_gated", "resolve_grid"]
 
 GATES = ("elementwise", "headwise")
 
@@ -362,3 +362,37 @@ class AttentionMixer(Reporter, nn.Module):
         if not self.needs_grid and grid_size is None:
             return None
         return resolve_grid(x.shape[1], self.num_prefix_tokens, grid_size)
+
+
+class MechanismMixer(AttentionMixer):
+    """A mixer that attends as its mechanism's value does. A subclass's constructor makes the value, `mechanism`."""
+
+    mechanism: Mechanism
+
+    def extra_repr(self) -> str:
+        return str(self.mechanism)
+
+    def attend_options(self) -> dict[str, Any]:
+        """What the mechanism's `attend` is told of parameters that the mixer adds."""
+        return {}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid_size: tuple[int, ...] | None,
+    ) -> Tensor:
+        return self.mechanism.attend(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.dropout_p,
+            is_causal=is_causal,
+            num_prefix_tokens=self.num_prefix_tokens,
+            grid_size=grid_size,
+            **self.attend_options(),
+        )

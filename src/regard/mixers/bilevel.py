@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.cards import Card, Evidence
-from regard.mixers._attention import AttentionMixer, resolve_grid
+from regard.mixers._attention import MechanismMixer, resolve_grid
 from regard.ops import BlockOrder, routed_attention
 from regard.ops._arguments import autocast_off, check_tensors, fold, key_mask
 from regard.ops._counts import check_count, share_of
@@ -172,7 +172,7 @@ class BiLevel(Mechanism):
         return _attend(query, key, value, self, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return BiLevelRoutingAttention.bind(**{one.name: getattr(self, one.name) for one in fields(self)}, **options)
+        return BiLevelRoutingAttention.bind(**self.options, **options)
 
 
 def _attend(
@@ -292,7 +292,7 @@ def conv_on_grid(
     return F.pad(found, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else found
 
 
-class BiLevelRoutingAttention(AttentionMixer):
+class BiLevelRoutingAttention(MechanismMixer):
     """Bi-level routing attention. The state_dict is dense attention's with the convolution `lepe` beside it.
 
     Masks may only hide keys from all queries alike: boolean, (N,) or broadcastable to (B, 1, 1, N). What they hide has
@@ -311,6 +311,7 @@ class BiLevelRoutingAttention(AttentionMixer):
     """
 
     needs_grid = True
+    mechanism: BiLevel
 
     def __init__(
         self,
@@ -337,28 +338,6 @@ class BiLevelRoutingAttention(AttentionMixer):
 
     def extra_repr(self) -> str:
         return f"{self.mechanism}{'' if self.mask_padding else ', mask_padding=False'}"
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid_size: tuple[int, ...] | None,
-    ) -> Tensor:
-        """The attention alone, padding hidden: what `forward` adds LCE to."""
-        return _attend(
-            query,
-            key,
-            value,
-            self.mechanism,
-            attn_mask=attn_mask,
-            dropout_p=self.dropout_p,
-            is_causal=is_causal,
-            num_prefix_tokens=self.num_prefix_tokens,
-            grid_size=grid_size,
-        )
 
     def mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, grid_size: tuple[int, ...] | None) -> Tensor:
         grid = resolve_grid(x.shape[1], self.num_prefix_tokens, grid_size)

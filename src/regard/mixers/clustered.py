@@ -315,4 +315,4 @@ class Clustered(Mechanism):
         return torch.stack(outputs).mean(0).reshape(*shape[:-1], value.shape[-1])
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return ClusteredAttention.bind(reduction=self.reduction, **options)
+        return ClusteredAttention.bind(**self.options, **options)

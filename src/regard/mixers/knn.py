@@ -179,5 +179,4 @@ class KNN(Mechanism):
         return knn_attention(query, key, value, topk=self.topk, metric=self.metric, **sample, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        own = {"topk": self.topk, "metric": self.metric, "tail": self.tail, "num_samples": self.num_samples}
-        return KNNAttention.bind(**own, **options)
+        return KNNAttention.bind(**self.options, **options)

@@ -414,4 +414,4 @@ class MoH(Mechanism):
         )
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return MixtureOfHeadsAttention.bind(shared=self.shared, routed=self.routed, **options)
+        return MixtureOfHeadsAttention.bind(**self.options, **options)

@@ -1,13 +1,13 @@
 """Multipole attention: near clusters key by key, far clusters as one weighted key each."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from regard.cards import Card, Evidence
-from regard.mixers._attention import AttentionMixer
+from regard.mixers._attention import MechanismMixer
 from regard.ops import multipole_attention
 from regard.ops._counts import share_of
 from regard.ops.multipole.api import check_clusters, default_num_clusters
@@ -115,10 +115,10 @@ class Multipole(Mechanism):
         return _attend(query, key, value, self, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return MultipoleAttention.bind(**{one.name: getattr(self, one.name) for one in fields(self)}, **options)
+        return MultipoleAttention.bind(**self.options, **options)
 
 
-class MultipoleAttention(AttentionMixer):
+class MultipoleAttention(MechanismMixer):
     """Multipole attention. The state_dict equals dense attention's.
 
     Args:
@@ -146,27 +146,3 @@ class MultipoleAttention(AttentionMixer):
         mechanism = Multipole(num_clusters, near, far, iterations, tolerance)
         super().__init__(dim, num_heads, *args, **kwargs)
         self.mechanism = mechanism
-
-    def extra_repr(self) -> str:
-        return str(self.mechanism)
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid_size: tuple[int, ...] | None,
-    ) -> Tensor:
-        return _attend(
-            query,
-            key,
-            value,
-            self.mechanism,
-            attn_mask=attn_mask,
-            dropout_p=self.dropout_p,
-            is_causal=is_causal,
-            num_prefix_tokens=self.num_prefix_tokens,
-            grid_size=grid_size,
-        )

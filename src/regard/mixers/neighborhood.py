@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.cards import Card, Evidence
-from regard.mixers._attention import AttentionMixer, resolve_grid
+from regard.mixers._attention import MechanismMixer, resolve_grid
 from regard.ops import neighborhood_attention
 from regard.ops.neighborhood.api import check_windows
 from regard.specs import Mechanism, register
@@ -134,12 +134,10 @@ class Neighborhood(Mechanism):
         return _attend(query, key, value, self, **options)
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return NeighborhoodAttention.bind(
-            kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride, border=self.border, **options
-        )
+        return NeighborhoodAttention.bind(**self.options, **options)
 
 
-class NeighborhoodAttention(AttentionMixer):
+class NeighborhoodAttention(MechanismMixer):
     """Neighborhood attention. The state_dict equals dense attention's, with `rpb` beside it if it is asked for.
 
     Args:
@@ -185,24 +183,5 @@ class NeighborhoodAttention(AttentionMixer):
     def extra_repr(self) -> str:
         return f"{self.mechanism}{'' if self.rpb is None else ', rel_pos_bias=True'}"
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid_size: tuple[int, ...] | None,
-    ) -> Tensor:
-        return _attend(
-            query,
-            key,
-            value,
-            self.mechanism,
-            attn_mask=attn_mask,
-            attn_bias=self.rpb,
-            dropout_p=self.dropout_p,
-            is_causal=is_causal,
-            num_prefix_tokens=self.num_prefix_tokens,
-            grid_size=grid_size,
-        )
+    def attend_options(self) -> dict[str, Any]:
+        return {"attn_bias": self.rpb}

@@ -1,7 +1,7 @@
 """ProxyAttn (arXiv 2509.24745): few proxy heads rank blocks of keys for all heads; each head says how many it needs."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, pad
 
 from regard.cards import Card, Evidence
-from regard.mixers._attention import AttentionMixer
+from regard.mixers._attention import MechanismMixer
 from regard.mixers.dense import Dense
 from regard.ops import BlockOrder, routed_attention
 from regard.ops._arguments import autocast_off, check_scale, check_tensors, fold, key_mask, lowered_for_autocast
@@ -367,10 +367,10 @@ class Proxy(Mechanism):
         return blocks.lists(tokens, self, is_causal), blocks.queries
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return ProxyAttention.bind(**{one.name: getattr(self, one.name) for one in fields(self)}, **options)
+        return ProxyAttention.bind(**self.options, **options)
 
 
-class ProxyAttention(AttentionMixer):
+class ProxyAttention(MechanismMixer):
     """ProxyAttn (arXiv 2509.24745). The state_dict equals dense attention's.
 
     Args:
@@ -398,27 +398,3 @@ class ProxyAttention(AttentionMixer):
         mechanism = Proxy(num_proxies, gamma, block_size, stride, min_tokens, budget)
         super().__init__(dim, num_heads, *args, **kwargs)
         self.mechanism = mechanism
-
-    def extra_repr(self) -> str:
-        return str(self.mechanism)
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid_size: tuple[int, ...] | None,
-    ) -> Tensor:
-        return _attend(
-            query,
-            key,
-            value,
-            self.mechanism,
-            attn_mask=attn_mask,
-            dropout_p=self.dropout_p,
-            is_causal=is_causal,
-            num_prefix_tokens=self.num_prefix_tokens,
-            grid_size=grid_size,
-        )

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -135,7 +135,7 @@ class Sparsifiner(Mechanism):
         )
 
     def attn_layer(self, **options: Any) -> type[nn.Module]:
-        return SparsifinerAttention.bind(**{f.name: getattr(self, f.name) for f in fields(self)}, **options)
+        return SparsifinerAttention.bind(**self.options, **options)
 
 
 class ConnectivityPredictor(nn.Module):
