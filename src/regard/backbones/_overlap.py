@@ -1,16 +1,16 @@
 """Pyramids like PVTv2's: patches that overlap, blocks whose MLP knows the grid, and a norm after each stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from regard.backbones._pyramid import Grid, Pyramid, Stage
+from regard.backbones._pyramid import Grid, Pyramid, Stage, drop_path_rates
 
-__all__ = ["Block", "NormedStage", "OverlapPyramid", "PatchEmbed", "norm"]
+__all__ = ["OverlapPyramid", "normed_stages"]
 
 norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -60,6 +60,30 @@ class NormedStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         x, grid = self.patch_embed(x)
         return self.to_map(self.norm(self.through_blocks(x, grid)), grid)
+
+
+def normed_stages(
+    in_chans: int,
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    drop_path_rate: float,
+    parts: Callable[[int], tuple[Any, nn.Module]],
+    **factory: Any,
+) -> list[NormedStage]:
+    """Stages of stride 4, 8, 16 ...
+
+    Args:
+        parts: makes attention and MLP of a block, from its stage's number.
+    """
+    rates = drop_path_rates(drop_path_rate, depths)
+    stages, channels = [], in_chans
+    for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        kernel, stride = (7, 4) if i == 0 else (3, 2)
+        blocks = [Block(*parts(i), next(rates), **factory) for _ in range(depth)]
+        embed = PatchEmbed(channels, dim, kernel, stride, **factory)
+        stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
+        channels = dim
+    return stages
 
 
 class OverlapPyramid(Pyramid):

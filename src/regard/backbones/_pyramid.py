@@ -1,16 +1,18 @@
 """What timm expects of a pyramid: stages of blocks, each on a coarser grid, then a norm and a classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Grid", "Pyramid", "Stage", "checked_pool", "default_cfg"]
+from regard.backbones._published import published_cfg
+
+__all__ = ["Grid", "Pyramid", "Stage", "checked_pool", "create", "default_cfg", "drop_path_rates"]
 
 Grid = tuple[int, int]
 
@@ -188,18 +190,24 @@ def checked_pool(global_pool: str, pools: Sequence[str] = Pyramid.pools) -> str:
 
 
 def default_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
-    """timm's configuration of a pyramid trained on ImageNet-1k at 224 pixels, whose weights have no address."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": "head",
-        **changes,
-    }
+    """As published_cfg, of a pyramid: its last map has 7 x 7 places."""
+    return published_cfg(first_conv, **{"pool_size": (7, 7), "crop_pct": 0.875, **changes})
+
+
+def drop_path_rates(drop_path_rate: float, depths: Sequence[int]) -> Iterator[float]:
+    """A rate for each block of all stages, rising from 0 at the first to `drop_path_rate` at the last."""
+    return iter(torch.linspace(0.0, drop_path_rate, sum(depths), device="cpu").tolist())
+
+
+def create(
+    kind: type[Pyramid], variant: str, pretrained: bool, filter_fn: Callable[..., Any], options: dict[str, Any]
+) -> Any:
+    """Build a variant through timm, whose registry knows its default_cfg; features are maps of all four stages."""
+    return build_model_with_cfg(
+        kind,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True},
+        **options,
+    )

@@ -1,10 +1,8 @@
 """The plain vision transformer of several families: timm's, with fixed sinusoidal positions and regard's mixers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from regard.backbones._attention import AttnLayer, attn_layers, modify
 from regard.mixers import AttentionMixer, DenseAttention
 
-__all__ = ["ImageTokens", "SinusoidalViT", "unwrapped", "vit_cfg", "with_positions_of"]
+__all__ = ["ImageTokens", "SinusoidalViT", "with_positions_of"]
 
 
 class ImageTokens(nn.Module):
@@ -126,39 +124,12 @@ class SinusoidalViT(VisionTransformer):
             self.pos_embed.requires_grad_(False)  # timm before 1.0.31 makes a trained one
 
 
-def vit_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of weights for such a model."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "classifier": "head",
-        **changes,
-    }
-
-
 def _sinusoid(positions: int, dim: int) -> Tensor:
     """(positions, dim): sines in the even channels and cosines in the odd ones, of the position along the sequence."""
     channels = torch.arange(dim, device="cpu")
     wavelengths = 10000.0 ** (2 * (channels // 2).double() / dim)
     angles = torch.arange(positions, device="cpu")[:, None] / wavelengths
     return torch.where(channels % 2 == 0, angles.sin(), angles.cos())
-
-
-def unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a training script's checkpoint, averaged ones first, without DistributedDataParallel's prefix."""
-    weights: Mapping[str, Any] = checkpoint
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if key in checkpoint:
-            weights = checkpoint[key]
-            break
-    return {name.removeprefix("module."): weight for name, weight in weights.items()}
 
 
 def with_positions_of(weights: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ Four stages of stride 4, 8, 16 and 32; the last attends to everything. Checkpoin
 (rayleizhu/BiFormer, its files biformer.py and biformer_stl.py) load through `checkpoint_filter_fn`.
 """
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from regard.backbones._pyramid import Grid, Pyramid, Stage, default_cfg
+from regard.backbones._published import renamed, unwrapped
+from regard.backbones._pyramid import Grid, Pyramid, Stage, create, default_cfg, drop_path_rates
 from regard.mixers import AttentionMixer, BiLevelRoutingAttention, DenseAttention
 from regard.mixers.bilevel import BiLevel, conv_on_grid
 
@@ -165,7 +165,7 @@ class BiFormer(Pyramid):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
         routing: dict[str, Any] = {"num_regions": num_regions, "mask_padding": mask_padding, "qkv_bias": True}
-        rates = iter(torch.linspace(0.0, drop_path_rate, sum(architecture.depths), device="cpu").tolist())
+        rates = drop_path_rates(drop_path_rate, architecture.depths)
         stages, channels = [], in_chans
         sizes = zip(architecture.depths, architecture.embed_dims, architecture.topks, strict=True)
         for i, (depth, dim, topk) in enumerate(sizes):
@@ -217,25 +217,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into.
     """
-    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    renamed: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        name = name.removeprefix("module.")
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = weight
-    return renamed
+    return renamed(unwrapped(state_dict, ("model", "state_dict")), _RENAMED)
 
 
 def _create(variant: str, pretrained: bool, options: dict[str, Any]) -> BiFormer:
-    return build_model_with_cfg(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True},
-        **options,
-    )
+    return create(BiFormer, variant, pretrained, checkpoint_filter_fn, options)
 
 
 @register_model

@@ -4,16 +4,16 @@ Four stages of stride 4, 8, 16 and 32. The official implementation (YtongXie/Clu
 state_dict loads through `checkpoint_filter_fn`.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
-from regard.backbones._pyramid import Grid, default_cfg
+from regard.backbones._overlap import OverlapPyramid, normed_stages
+from regard.backbones._published import joined, renamed, unwrapped
+from regard.backbones._pyramid import Grid, create, default_cfg
 from regard.mixers import ClusteredAttention
 
 __all__ = ["Architecture", "ClusTR", "checkpoint_filter_fn", "default_cfgs"]
@@ -84,24 +84,15 @@ class ClusTR(OverlapPyramid):
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        stages, channels = [], in_chans
-        rates = iter(torch.linspace(0.0, drop_path_rate, sum(architecture.depths), device="cpu").tolist())
-        sizes = (architecture.embed_dims, architecture.num_heads, architecture.mlp_ratios, architecture.reductions)
-        for i, (dim, heads, ratio, reduction) in enumerate(zip(*sizes, strict=True)):
-            kernel, stride = (7, 4) if i == 0 else (3, 2)
-            drops: dict[str, float] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
-            blocks = [
-                Block(
-                    ClusteredAttention(dim, heads, reduction=reduction, qkv_bias=True, **drops, **factory),
-                    Mlp(dim, int(dim * ratio), proj_drop_rate, **factory),
-                    next(rates),
-                    **factory,
-                )
-                for _ in range(architecture.depths[i])
-            ]
-            embed = PatchEmbed(channels, dim, kernel, stride, **factory)
-            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
-            channels = dim
+        drops: dict[str, float] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        sizes = architecture
+
+        def parts(i: int) -> tuple[nn.Module, nn.Module]:
+            dim, options = sizes.embed_dims[i], {"reduction": sizes.reductions[i], "qkv_bias": True, **drops, **factory}
+            attn = ClusteredAttention(dim, sizes.num_heads[i], **options)
+            return attn, Mlp(dim, int(dim * sizes.mlp_ratios[i]), proj_drop_rate, **factory)
+
+        stages = normed_stages(in_chans, sizes.embed_dims, sizes.depths, drop_path_rate, parts, **factory)
         super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
         self.architecture = architecture
 
@@ -131,29 +122,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into.
     """
-    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    renamed: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        name = name.removeprefix("module.")
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = weight
+    weights = renamed(unwrapped(state_dict, ("model", "state_dict")), _RENAMED)
     # The query's projection and the fine scale's of keys and values are one layer here.
-    for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.pop(name), renamed.pop(name.replace(".attn.q.", ".attn.kv."))]
-        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return renamed
+    return joined(weights, (".attn.q.", ".attn.kv."), ".attn.qkv.")
 
 
 def _create(variant: str, pretrained: bool, options: dict[str, Any]) -> ClusTR:
-    return build_model_with_cfg(
-        ClusTR,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True},
-        **options,
-    )
+    return create(ClusTR, variant, pretrained, checkpoint_filter_fn, options)
 
 
 @register_model

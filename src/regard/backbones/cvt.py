@@ -6,7 +6,6 @@ query sees a quarter as many keys. Checkpoints of the official implementation (m
 `checkpoint_filter_fn`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from regard.backbones._attention import AttnLayer, attn_layers, modify
+from regard.backbones._published import joined, renamed, unwrapped
 from regard.backbones._pyramid import Grid, Pyramid, Stage, default_cfg
-from regard.backbones._vit import unwrapped
 from regard.mixers import AttentionMixer, DenseAttention
 
 __all__ = ["CVT_13", "CVT_21", "CVT_W24", "Architecture", "CvT", "checkpoint_filter_fn", "create_cvt", "default_cfgs"]
@@ -283,16 +282,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             "model", and names may carry the "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into.
     """
-    renamed: dict[str, Tensor] = {}
-    for name, weight in unwrapped(state_dict).items():
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = weight
+    weights = renamed(unwrapped(state_dict), _RENAMED)
     # The three projections are one layer here.
-    for name in [name for name in renamed if ".attn.proj_q." in name]:
-        parts = [renamed.pop(name.replace(".proj_q.", f".proj_{which}.")) for which in "qkv"]
-        renamed[name.replace(".proj_q.", ".qkv.")] = torch.cat(parts)
-    return renamed
+    return joined(weights, (".attn.proj_q.", ".attn.proj_k.", ".attn.proj_v."), ".attn.qkv.")
 
 
 def create_cvt(variant: str, pretrained: bool, options: dict[str, Any]) -> CvT:

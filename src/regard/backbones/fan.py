@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -31,6 +30,7 @@ from regard.backbones._fan_parts import (
     init_weights,
     make_norm,
 )
+from regard.backbones._published import joined, published_cfg, renamed, unwrapped
 from regard.mixers import DenseAttention, TokenAwarePooling
 
 __all__ = ["FAN", "Architecture", "checkpoint_filter_fn", "default_cfgs"]
@@ -256,24 +256,8 @@ def _checked_pool(global_pool: str) -> str:
     return global_pool
 
 
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0.0",
-        "classifier": "head",
-        **changes,
-    }
-
-
-_hybrid_cfg = partial(_cfg, first_conv="patch_embed.backbone.stem.0")
+_cfg = partial(published_cfg, "patch_embed.proj.0.0", crop_pct=1.0)
+_hybrid_cfg = partial(published_cfg, "patch_embed.backbone.stem.0", crop_pct=1.0)
 
 # The weights are not fetched by name: pass the file through checkpoint_filter_fn, or timm's pretrained_cfg_overlay.
 default_cfgs = generate_default_cfgs(
@@ -295,17 +279,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into; without pooling, the predictors' weights are left out.
     """
-    for place in ("state_dict", "state_dict_ema", "model"):
-        if place in state_dict:
-            state_dict = state_dict[place]
-            break
-    weights: dict[str, Tensor] = {}
-    for name, weight in state_dict.items():
-        name = name.removeprefix("module.")
-        weights[name.replace(".dilation_predictor.proj.", ".tap.predictor.")] = weight
-    for name in [name for name in weights if name.startswith("blocks.") and ".attn.q." in name]:
-        parts = [weights.pop(name), weights.pop(name.replace(".attn.q.", ".attn.kv."))]
-        weights[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    weights = unwrapped(state_dict, ("state_dict", "state_dict_ema", "model"))
+    weights = renamed(weights, ((r"\.dilation_predictor\.proj\.", ".tap.predictor."),))
+    weights = joined(weights, (".attn.q.", ".attn.kv."), ".attn.qkv.", within="blocks.")
     if isinstance(model, FAN) and all(block.tap.num_scales == 1 for block in model.blocks):  # type: ignore[union-attr]
         weights = {name: weight for name, weight in weights.items() if ".tap." not in name}
     return weights

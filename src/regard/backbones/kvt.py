@@ -8,13 +8,13 @@ paper's table names the model and `topk` is half of the keys.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
 
 from regard.backbones import cvt, so_vit, t2t_vit
 from regard.backbones._attention import per_stage
+from regard.backbones._published import published_cfg, unwrapped
 from regard.mixers import KNNAttention
 
 __all__ = ["checkpoint_filter_fn", "default_cfgs"]
@@ -25,27 +25,12 @@ PUBLISHED_TOPK = 100
 DEFAULT_TOPK = 0.5
 
 
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",  # the authors publish no weights
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **changes,
-    }
-
-
+# No addresses: the authors publish no weights.
+_DEIT_CFG = published_cfg("patch_embed.proj", fixed_input_size=True)
 default_cfgs = generate_default_cfgs(
     {
-        "kvt_deit_tiny": _cfg(),
-        "kvt_deit_small": _cfg(),
+        "kvt_deit_tiny": _DEIT_CFG,
+        "kvt_deit_small": _DEIT_CFG,
         "kvt_cvt_13": cvt.cfg(),
         "kvt_so_vit_7": so_vit.cfg(),
         "kvt_t2t_vit_t_14": t2t_vit.cfg(),
@@ -62,9 +47,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
             DistributedDataParallel.
         model: the model to load into; position embeddings and patch projection are resampled to its size.
     """
-    weights = state_dict.get("model", state_dict)
-    weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
-    return vit_checkpoint_filter_fn(weights, model)
+    return vit_checkpoint_filter_fn(unwrapped(state_dict, ("model",)), model)
 
 
 def _create_deit(variant: str, pretrained: bool, topk: int | float, **options: Any) -> VisionTransformer:

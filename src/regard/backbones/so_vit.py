@@ -6,7 +6,6 @@ Checkpoints of the official implementation (jiangtaoxie/So-ViT at f0a3e56; the r
 have since turned to another model, SoT) load through `checkpoint_filter_fn`.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import Tensor, nn
 
-from regard.backbones._vit import ImageTokens, SinusoidalViT, unwrapped, vit_cfg, with_positions_of
+from regard.backbones._published import published_cfg, renamed, unwrapped
+from regard.backbones._vit import ImageTokens, SinusoidalViT, with_positions_of
 from regard.ops._arguments import autocast_off
 
 __all__ = ["SecondOrderPool", "SoViT", "cfg", "checkpoint_filter_fn", "create_so_vit", "default_cfgs"]
@@ -185,7 +185,7 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
 
 
 def cfg() -> dict[str, Any]:
-    return vit_cfg(first_conv="patch_embed.stem", classifier=("head", "head_second_order"))
+    return published_cfg("patch_embed.stem", classifier=("head", "head_second_order"))
 
 
 default_cfgs = generate_default_cfgs({f"so_vit_{size}": cfg() for size in (7, 10, 14, 19)})
@@ -211,13 +211,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SoViT) -> dict[str, 
             "model", and names may carry the "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into; the position embedding is resampled to its size.
     """
-    renamed: dict[str, Tensor] = {}
-    for name, weight in unwrapped(state_dict).items():
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        # 1 x 1 convolutions there, linear layers here
-        renamed[name] = weight.flatten(1) if name.startswith("second_order.reduce.") else weight
-    return with_positions_of(renamed, model)
+    weights = renamed(unwrapped(state_dict), _RENAMED)
+    # 1 x 1 convolutions there, linear layers here
+    weights = {n: w.flatten(1) if n.startswith("second_order.reduce.") else w for n, w in weights.items()}
+    return with_positions_of(weights, model)
 
 
 _SIZES: dict[str, dict[str, Any]] = {

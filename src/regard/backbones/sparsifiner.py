@@ -9,44 +9,28 @@ published configuration, is not part of the model.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
 
+from regard.backbones._published import published_cfg, renamed, unwrapped
 from regard.mixers import Sparsifiner
 
 __all__ = ["GridBlock", "GridVisionTransformer", "checkpoint_filter_fn", "default_cfgs"]
 
 # The official names of the predictor's parameters, and ours.
-_PREDICTOR = {
-    ".attn.mask_predictor.proj_c_q.": ".attn.predictor.query.",
-    ".attn.mask_predictor.proj_c_k.": ".attn.predictor.key.",
-    ".attn.mask_predictor.proj_n": ".attn.predictor.down",
-    ".attn.mask_predictor.proj_back_n": ".attn.predictor.up",
-}
+_RENAMED = (
+    (r"\.attn\.mask_predictor\.proj_c_q\.", ".attn.predictor.query."),
+    (r"\.attn\.mask_predictor\.proj_c_k\.", ".attn.predictor.key."),
+    (r"\.attn\.mask_predictor\.proj_n", ".attn.predictor.down"),
+    (r"\.attn\.mask_predictor\.proj_back_n", ".attn.predictor.up"),
+)
 
 
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",  # the authors publish no weights
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **changes,
-    }
-
-
-default_cfgs = generate_default_cfgs({"sparsifiner_deit_small": _cfg()})
+# No address: the authors publish no weights.
+default_cfgs = generate_default_cfgs({"sparsifiner_deit_small": published_cfg("patch_embed.proj")})
 
 
 class GridBlock(Block):
@@ -145,15 +129,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
         model: the model to load into; position embeddings and patch projection are resampled to its size. The tables
             of the predictors stay: the model resamples them to what it sees.
     """
-    weights = state_dict.get("model", state_dict)
-    return vit_checkpoint_filter_fn({_our_name(name): weight for name, weight in weights.items()}, model)
-
-
-def _our_name(name: str) -> str:
-    name = name.removeprefix("module.")
-    for official, ours in _PREDICTOR.items():
-        name = name.replace(official, ours)
-    return name
+    return vit_checkpoint_filter_fn(renamed(unwrapped(state_dict, ("model",)), _RENAMED), model)
 
 
 @register_model

@@ -7,7 +7,6 @@ grows with the number of tokens alone. Checkpoints of the official implementatio
 """
 
 import math
-import re
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from regard.backbones._attention import AttnLayer, attn_layers
-from regard.backbones._vit import ImageTokens, SinusoidalViT, unwrapped, vit_cfg, with_positions_of
+from regard.backbones._published import published_cfg, renamed, unwrapped
+from regard.backbones._vit import ImageTokens, SinusoidalViT, with_positions_of
 from regard.mixers import AttentionMixer, DenseAttention
 from regard.ops._arguments import autocast_off
 
@@ -178,9 +178,9 @@ class T2TViT(SinusoidalViT):
 
 
 def cfg(file: str = "") -> dict[str, Any]:
-    return vit_cfg(
+    return published_cfg(
+        None,  # the first layer reads pixels of unfolded windows
         url=f"https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{file}" if file else "",
-        first_conv=None,  # the first layer reads pixels of unfolded windows
         license="BSD-3-Clause-Clear",
     )
 
@@ -219,15 +219,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: T2TViT) -> dict[str,
             "model", and names may carry the "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into; the position embedding is resampled to its size.
     """
-    renamed: dict[str, Tensor] = {}
-    for name, weight in unwrapped(state_dict).items():
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        if ".kqv." in name:  # the Performer's projection has the key first
-            key, query, value = weight.chunk(3)
-            name, weight = name.replace(".kqv.", ".qkv."), torch.cat([query, key, value])
-        renamed[name] = weight
-    return with_positions_of(renamed, model)
+    weights = renamed(unwrapped(state_dict), _RENAMED)
+    for name in [name for name in weights if ".kqv." in name]:  # the Performer's projection has the key first
+        key, query, value = weights.pop(name).chunk(3)
+        weights[name.replace(".kqv.", ".qkv.")] = torch.cat([query, key, value])
+    return with_positions_of(weights, model)
 
 
 _NARROW: dict[str, Any] = {"embed_dim": 256, "num_heads": 4, "mlp_ratio": 2.0}

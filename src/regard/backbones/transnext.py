@@ -5,17 +5,17 @@ Four stages of stride 4, 8, 16 and 32. Checkpoints of the official implementatio
 SkyworkAI/MoH, both Apache-2.0) load through `checkpoint_filter_fn`.
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from regard.backbones._aggregated import AggregatedAttention, CosineAttention
-from regard.backbones._overlap import Block, NormedStage, OverlapPyramid, PatchEmbed, norm
-from regard.backbones._pyramid import Grid, default_cfg
+from regard.backbones._overlap import OverlapPyramid, normed_stages
+from regard.backbones._published import renamed, unwrapped
+from regard.backbones._pyramid import Grid, create, default_cfg
 
 __all__ = ["Architecture", "TransNeXt", "checkpoint_filter_fn", "default_cfgs"]
 
@@ -106,23 +106,14 @@ class TransNeXt(OverlapPyramid):
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
-        rates = iter(torch.linspace(0.0, drop_path_rate, sum(architecture.depths), device="cpu").tolist())
-        stages, channels = [], in_chans
-        for i, (dim, depth) in enumerate(zip(architecture.embed_dims, architecture.depths, strict=True)):
-            kernel, stride = (7, 4) if i == 0 else (3, 2)
-            trained = (pretrain_size // 2 ** (i + 2),) * 2
-            blocks = [
-                Block(
-                    _attention(architecture, i, trained, **drops, **factory),
-                    ConvGLU(dim, int(dim * architecture.mlp_ratios[i]), proj_drop_rate, **factory),
-                    next(rates),
-                    **factory,
-                )
-                for _ in range(depth)
-            ]
-            embed = PatchEmbed(channels, dim, kernel, stride, **factory)
-            stages.append(NormedStage(embed, blocks, norm(dim, **factory)))
-            channels = dim
+        sizes = architecture
+
+        def parts(i: int) -> tuple[nn.Module, nn.Module]:
+            trained, dim = (pretrain_size // 2 ** (i + 2),) * 2, sizes.embed_dims[i]
+            attn = _attention(sizes, i, trained, **drops, **factory)
+            return attn, ConvGLU(dim, int(dim * sizes.mlp_ratios[i]), proj_drop_rate, **factory)
+
+        stages = normed_stages(in_chans, sizes.embed_dims, sizes.depths, drop_path_rate, parts, **factory)
         super().__init__(stages, architecture.embed_dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate)
         self.architecture = architecture
 
@@ -191,27 +182,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             "module." of DistributedDataParallel. A state_dict of ours stays as it is.
         model: the model to load into.
     """
-    weights = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    renamed: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        name = name.removeprefix("module.")
-        if any(table in name for table in _TABLES):
-            continue
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = weight
-    return renamed
+    weights = unwrapped(state_dict, ("model", "state_dict"))
+    return renamed({n: w for n, w in weights.items() if not any(table in n for table in _TABLES)}, _RENAMED)
 
 
 def _create(variant: str, pretrained: bool, options: dict[str, Any]) -> TransNeXt:
-    return build_model_with_cfg(
-        TransNeXt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True},
-        **options,
-    )
+    return create(TransNeXt, variant, pretrained, checkpoint_filter_fn, options)
 
 
 @register_model
